@@ -1,0 +1,1 @@
+"""How weights are parameterised and which of them train."""

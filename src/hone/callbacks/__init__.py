@@ -1,0 +1,1 @@
+"""What happens beside a run's steps."""

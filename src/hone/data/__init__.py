@@ -1,0 +1,1 @@
+"""Sources of samples, their formats, the token cache and the resumable loader."""

@@ -1,0 +1,44 @@
+"""One training example as data, before any tokenizer sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["text", "completion", "messages", "pair", "prompt"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Args:
+        role: "system", "user", "assistant" or "tool".
+        content: the text of the turn.
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example in canonical form; `data/formats.py` makes it from a row of any known format.
+
+    Args:
+        kind: "text" (all of answers[0] is trained), "completion" (answers[0] is trained after prompt), "messages"
+            (prompt is a whole conversation; its assistant turns are trained), "pair" (answers are chosen, rejected),
+            "prompt" (nothing to train on; for generation and on-policy learning).
+        prompt: plain text, or the messages of a conversation.
+        answers: plain texts, or lists of messages where the prompt is messages.
+        fields: per-sample numbers for objectives, e.g. a weight or a margin.
+        extra: other columns of the row, for metrics and rewards, e.g. the exact answer.
+        where: "file:line" or "chains:17", for messages.
+    """
+
+    kind: Kind
+    prompt: str | tuple[Message, ...] = ""
+    answers: tuple[str | tuple[Message, ...], ...] = ()
+    fields: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    where: str = ""

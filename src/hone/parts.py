@@ -1,0 +1,273 @@
+"""The registry of parts: every technique is a dataclass with one literal record, found by walking the package.
+
+The catalogue (`catalogue()`) is read from the source text with `ast`, so listing methods never imports torch, which
+alone takes 3 s. `load(kind, name)` imports the one module that defines the part.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hone.errors import HoneError, nearest
+
+KINDS = (
+    "data", "adapter", "objective", "optimizer", "schedule", "callback", "sampler", "metric", "reward", "merger", "model",
+)  # fmt: skip
+ROOT = Path(__file__).parent
+T = TypeVar("T", bound=type)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a part: a field of its dataclass, as written in the source.
+
+    Args:
+        name: field name.
+        type: annotation as text, e.g. "float".
+        default: default as text, "" when the option must be given.
+        doc: its line in the `Args:` of the class docstring, with the unit.
+    """
+
+    name: str
+    type: str
+    default: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The catalogue entry of a part, all of it literal in the source.
+
+    Args:
+        kind: one of `KINDS`.
+        name: what a recipe calls it; a name that ends in ":" is a bridge and takes any name after the colon.
+        papers: (exact title, identifier) pairs; empty for a method with no paper (`papers="original"`).
+        claim: what its paper says it achieves, in a sentence; "" when there is nothing to test.
+        deviations: how the code differs from the paper, "" when it does not.
+        doc: the class docstring.
+        options: the dataclass fields, those of base classes first.
+        module: dotted module path.
+        attribute: class name in that module.
+        path: source file.
+        line: line of the class.
+    """
+
+    kind: str
+    name: str
+    papers: tuple[tuple[str, str], ...]
+    claim: str
+    deviations: str
+    doc: str
+    options: tuple[Option, ...]
+    module: str
+    attribute: str
+    path: str
+    line: int
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return self.doc.strip().split("\n", 1)[0]
+
+
+def part(
+    kind: str,
+    name: str,
+    *,
+    papers: list[tuple[str, str]] | str,
+    claim: str = "",
+    deviations: str = "",
+) -> Callable[[T], T]:
+    """Register the decorated dataclass as the part `name` of `kind`. All arguments must be literals.
+
+    Args:
+        kind: one of `KINDS`.
+        name: what a recipe calls it; one that ends in ":" is a bridge to another library's names.
+        papers: (exact title, identifier) pairs, or "original" for a method with no paper.
+        claim: the paper's claim in one sentence, as the claim experiment tests it.
+        deviations: how the code differs from the paper.
+
+    Raises:
+        TypeError: the class is not a keyword-only dataclass, or `kind` is unknown.
+    """
+    if kind not in KINDS:
+        raise TypeError(f"unknown kind of part '{kind}', expected one of {', '.join(KINDS)}")
+    if isinstance(papers, str) and papers != "original":
+        raise TypeError(f"part '{name}': papers is a list of (title, identifier) pairs or 'original'")
+
+    def register(cls: T) -> T:
+        if not is_dataclass(cls) or any(not f.kw_only for f in cls.__dataclass_fields__.values()):
+            raise TypeError(f"part '{name}': {cls.__name__} must be a dataclass(kw_only=True)")
+        cls.kind, cls.name = kind, name
+        return cls
+
+    return register
+
+
+def load(kind: str, name: str) -> type:
+    """Import and return the class of the part `name` of `kind`.
+
+    A bridged name such as "peft:vera" returns the class of the bridge "peft:".
+
+    Raises:
+        HoneError: there is no such part; the message gives the nearest right name.
+    """
+    record = find(kind, name)
+    if record is None:
+        known = [r.name for r in catalogue() if r.kind == kind]
+        hint = nearest(name, known) or f"known: {', '.join(known)}"
+        raise HoneError(f"there is no {kind} called '{name}' ({hint})")
+    return getattr(importlib.import_module(record.module), record.attribute)
+
+
+def find(kind: str, name: str) -> Record | None:
+    """Return the record of the part `name` of `kind`, or None; "peft:vera" finds the bridge "peft:"."""
+    prefix = name.split(":", 1)[0] + ":" if ":" in name else name
+    return next((r for r in catalogue() if r.kind == kind and r.name in (name, prefix)), None)
+
+
+@cache
+def catalogue() -> tuple[Record, ...]:
+    """Return the records of every part in the package, by kind and name.
+
+    Raises:
+        HoneError: two parts of one kind share a name.
+    """
+    records: dict[tuple[str, str], Record] = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "\n@part(" not in text:
+            continue
+        for record in _records(path, ast.parse(text)):
+            key = (record.kind, record.name)
+            if key in records:
+                raise HoneError(f"two parts are {record.kind} '{record.name}': {records[key].path} and {record.path}")
+            records[key] = record
+    return tuple(records[key] for key in sorted(records, key=lambda key: (KINDS.index(key[0]), key[1])))
+
+
+def _records(path: Path, tree: ast.Module) -> Iterator[Record]:
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        call = next((d for d in node.decorator_list if isinstance(d, ast.Call) and _called(d) == "part"), None)
+        if call is None:
+            continue
+        kind, name = (ast.literal_eval(argument) for argument in call.args)
+        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        papers = given["papers"]
+        module = ".".join(("hone", *path.relative_to(ROOT).with_suffix("").parts))
+        yield Record(
+            kind=kind,
+            name=name,
+            papers=() if isinstance(papers, str) else tuple((title, paper) for title, paper in papers),
+            claim=given.get("claim", ""),
+            deviations=given.get("deviations", ""),
+            doc=ast.get_docstring(node) or "",
+            options=tuple(_options(node, path, tree)),
+            module=module,
+            attribute=node.name,
+            path=str(path),
+            line=node.lineno,
+        )
+
+
+def _called(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else ""
+
+
+def _options(node: ast.ClassDef, path: Path, tree: ast.Module) -> list[Option]:
+    """Return the dataclass fields of a class and its bases, bases first, as `dataclasses.fields` orders them."""
+    options: dict[str, Option] = {}
+    for base in reversed(node.bases):
+        found = _base(base, path, tree)
+        if found is not None:
+            options.update({option.name: option for option in _options(*found)})
+    about = _argument_docs(ast.get_docstring(node) or "")
+    for name, doc in about.items():  # a subclass may document an option that it inherits
+        if name in options:
+            options[name] = Option(name, options[name].type, options[name].default, doc)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            name, kind = item.target.id, ast.unparse(item.annotation)
+            if name.startswith("_") or kind.startswith(("ClassVar", "InitVar")) or _hidden(item.value):
+                continue
+            options[name] = Option(name, kind, _default(item.value), about.get(name, ""))
+    return list(options.values())
+
+
+def _base(base: ast.expr, path: Path, tree: ast.Module) -> tuple[ast.ClassDef, Path, ast.Module] | None:
+    if not isinstance(base, ast.Name):
+        return None
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == base.id:
+            return node, path, tree
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hone."):
+            alias = next((a for a in node.names if (a.asname or a.name) == base.id), None)
+            if alias is not None:
+                source = ROOT.joinpath(*str(node.module).split(".")[1:])
+                source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+                other = ast.parse(source.read_text(encoding="utf-8"))
+                return _base(ast.Name(id=alias.name), source, other)
+    return None
+
+
+def _hidden(value: ast.expr | None) -> bool:
+    """A field(init=False) is state, not an option."""
+    return isinstance(value, ast.Call) and any(
+        k.arg == "init" and isinstance(k.value, ast.Constant) and k.value.value is False for k in value.keywords
+    )
+
+
+def _default(value: ast.expr | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, ast.Call) and _called(value) == "field":
+        for keyword in value.keywords:
+            if keyword.arg == "default":
+                return ast.unparse(keyword.value)
+            if keyword.arg == "default_factory":
+                made = keyword.value.body if isinstance(keyword.value, ast.Lambda) else keyword.value
+                return {"list": "[]", "dict": "{}"}.get(text := ast.unparse(made), text)
+        return ""
+    return ast.unparse(value)
+
+
+def _argument_docs(doc: str) -> dict[str, str]:
+    """Read the `Args:` block of a docstring: {argument: its text on one line}."""
+    found: dict[str, str] = {}
+    name, inside = "", False
+    for line in doc.splitlines():
+        if line.strip() in ("Args:", "Options:"):
+            inside = True
+        elif inside and line.strip() and not line.startswith("    "):
+            break
+        elif inside and line.startswith("    ") and not line.startswith("     ") and ":" in line:
+            name, _, text = line.strip().partition(":")
+            found[name] = text.strip()
+        elif inside and name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A part as a recipe names it: its name and the options that were given.
+
+    Args:
+        name: name of the part.
+        options: the options given, already checked against the part's fields.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> Any:
+        """Return what a recipe would say: the bare name, or a mapping with `name` and the options."""
+        return {"name": self.name, **self.options} if self.options else self.name

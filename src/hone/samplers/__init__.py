@@ -1,0 +1,1 @@
+"""How a token is picked from logits."""

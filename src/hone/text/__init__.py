@@ -1,0 +1,1 @@
+"""Text to tokens, the packed tree, attention over it, vocabulary losses, the language model and generation."""

@@ -1,0 +1,183 @@
+"""The packed tree: the one batch form of all language-model work.
+
+A batch is a flat row of T tokens cut into S segments; a segment may have a parent. A token attends causally inside its
+own segment and to its chain of parents, and to nothing else. Plain packing is a forest of roots, a preference pair is a
+prompt with two children, a group of rollouts is a prompt with G children. The shared part is computed once.
+
+    tokens (T,)   positions (T,)   starts (S+1,)   parents (S,) or -1   weights (T,)   + per-segment fields (S,)
+
+`weights[t]` is the weight of *predicting* token t from what precedes it on its chain. The first token of a child is
+predicted from the last token of its parent; the first token of a root is predicted from nothing and weighs 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One rendered sample, before packing.
+
+    Args:
+        tokens: one int32 array of token ids per segment, parents before children, none empty.
+        weights: one float32 array per segment, the same lengths; the weight of predicting each token.
+        parents: per segment the index of its parent segment, -1 for a root.
+        fields: per-segment numbers by name, e.g. {"reward": [0, 1, 0]}; NaN where a segment has none.
+        where: "file:line" of the sample, for messages.
+    """
+
+    tokens: tuple[np.ndarray, ...]
+    weights: tuple[np.ndarray, ...]
+    parents: tuple[int, ...]
+    fields: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    where: str = ""
+
+    def __len__(self) -> int:
+        """Return the number of tokens over all segments."""
+        return sum(len(segment) for segment in self.tokens)
+
+    @property
+    def trained(self) -> int:
+        """Number of tokens with a non-zero weight."""
+        return int(sum(np.count_nonzero(w) for w in self.weights))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch: the packed forest described at the top of this module.
+
+    Args:
+        tokens: (T,) int64 token ids.
+        positions: (T,) int64 distance from the root's first token along the chain.
+        starts: (S+1,) int64, segment s is tokens[starts[s]:starts[s+1]]; kept on the CPU.
+        parents: (S,) int64 index of the parent segment, always smaller than s; -1 for a root; kept on the CPU.
+        weights: (T,) float32 weight of predicting each token; 0 at the first token of every root.
+        fields: (S,) float32 per-segment numbers by name.
+        where: per tree the "file:line" it came from, for messages.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    starts: Tensor
+    parents: Tensor
+    weights: Tensor
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    where: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return T, the number of tokens."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def segments(self) -> int:
+        """S, the number of segments."""
+        return int(self.parents.shape[0])
+
+    @cached_property
+    def segment_of(self) -> Tensor:
+        """(T,) index of each token's segment, on the device of the tokens."""
+        lengths = self.starts[1:] - self.starts[:-1]
+        return torch.repeat_interleave(torch.arange(self.segments), lengths).to(self.tokens.device)
+
+    @cached_property
+    def previous(self) -> Tensor:
+        """(T,) index of the token whose hidden state predicts token t; -1 at the first token of a root."""
+        before = torch.arange(-1, len(self) - 1)
+        first = self.starts[:-1]
+        last_of_parent = torch.where(self.parents >= 0, self.starts[self.parents + 1] - 1, -1)
+        before[first] = last_of_parent
+        return before.to(self.tokens.device)
+
+    def chain(self, segment: int) -> list[int]:
+        """Return the segments from the root down to and including `segment`."""
+        path = [segment]
+        while (parent := int(self.parents[path[-1]])) >= 0:
+            path.append(parent)
+        return path[::-1]
+
+    def to(self, device: torch.device | str) -> Packed:
+        """Return the batch with its token-sized tensors and fields on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            weights=self.weights.to(device),
+            fields={name: value.to(device) for name, value in self.fields.items()},
+        )
+
+
+def pack(trees: Sequence[Tree]) -> Packed:
+    """Concatenate trees into one packed forest.
+
+    Args:
+        trees: at least one tree; per-segment fields absent from some trees are NaN there.
+
+    Returns:
+        The batch on the CPU. Segments keep the order of the trees, so a parent always precedes its children.
+
+    Raises:
+        ValueError: a tree has an empty segment, or a parent that does not precede its child.
+    """
+    names = sorted({name for tree in trees for name in tree.fields})
+    tokens: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    parents: list[int] = []
+    fields: dict[str, list[float]] = {name: [] for name in names}
+    for tree in trees:
+        offset, ends = len(parents), []
+        for index, (segment, weight, parent) in enumerate(zip(tree.tokens, tree.weights, tree.parents, strict=True)):
+            if len(segment) == 0 or len(segment) != len(weight) or not -1 <= parent < index:
+                raise ValueError(f"{tree.where or 'tree'}: segment {index} is empty, mis-sized or before its parent")
+            begin = ends[parent] if parent >= 0 else 0
+            ends.append(begin + len(segment))
+            tokens.append(segment)
+            weights.append(weight if parent >= 0 else np.concatenate([[0.0], weight[1:]]))
+            positions.append(np.arange(begin, ends[-1]))
+            parents.append(parent + offset if parent >= 0 else -1)
+        for name in names:
+            fields[name].extend(tree.fields.get(name, (float("nan"),) * len(tree.tokens)))
+    lengths = [0, *(len(segment) for segment in tokens)]
+    return Packed(
+        tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate(positions).astype(np.int64)),
+        starts=torch.from_numpy(np.cumsum(lengths).astype(np.int64)),
+        parents=torch.tensor(parents, dtype=torch.int64),
+        weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
+        fields={name: torch.tensor(values, dtype=torch.float32) for name, values in fields.items()},
+        where=tuple(tree.where for tree in trees),
+    )
+
+
+def divide(trees: Sequence[Tree], limit: int, parts: int = 1) -> list[list[Tree]]:
+    """Divide the trees of one step into micro-batches of at most `limit` tokens, a multiple of `parts` of them.
+
+    Trees are placed longest first into the emptiest micro-batch, so that ranks and micro-batches take equal time.
+    The division never changes a gradient: losses are sums, normalised over the whole step.
+
+    Args:
+        trees: the trees of one optimizer step.
+        limit: most tokens in one forward pass; a single longer tree still gets a micro-batch of its own.
+        parts: the count is a multiple of this (the number of processes); some may be empty when trees are few.
+    """
+    total = sum(len(tree) for tree in trees)
+    longest = max((len(tree) for tree in trees), default=0)
+    count = max(1, -(-total // limit))
+    while True:
+        count = -(-count // parts) * parts
+        bins: list[list[Tree]] = [[] for _ in range(count)]
+        loads = [0] * count
+        for tree in sorted(trees, key=len, reverse=True):
+            slot = loads.index(min(loads))
+            bins[slot].append(tree)
+            loads[slot] += len(tree)
+        if max(loads) <= max(limit, longest) or count >= len(trees):
+            return bins
+        count += 1
