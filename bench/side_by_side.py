@@ -1,0 +1,56 @@
+"""Run several programs of one job in turn, each in a process of its own, and print medians and ratios.
+
+Alternating (A B A B ...) keeps the comparison fair when the machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def whole_peak() -> int:
+    """Return the peak resident memory of this process since it began, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run_side(script: Path, side: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run one side in a fresh process; its last line of output is a JSON object."""
+    command = [sys.executable, str(script), "--side", side, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def alternate(script: Path, sides: Sequence[str], rounds: int, arguments: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Run the sides in turn, `rounds` times, and return the median of each figure by side."""
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for number in range(rounds):
+        for side in sides:
+            found[side].append(run_side(script, side, arguments))
+            print(f"round {number + 1}: {side}: {found[side][-1]}", file=sys.stderr, flush=True)
+    return {
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()
+    }
+
+
+def machine() -> str:
+    """Return the machine in words: processor, cores, torch."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":")[1].strip() if lines else name
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"

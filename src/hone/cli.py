@@ -1,0 +1,166 @@
+"""The command line: `hone run`, `resume`, `check`, `list`, `show`, `sample`, `eval`, `export`.
+
+Heavy imports live inside the commands, so that `hone --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hone.errors import HoneError
+
+app = typer.Typer(
+    help="Every published training technique is a switch: name it in a recipe, run it, compare it.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. adapter.rank=16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for programs.")]
+
+
+def main() -> None:
+    """Run the command line; an error meant for the user is printed without a traceback, with exit status 2."""
+    try:
+        app()
+    except HoneError as error:
+        print(f"hone: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    from hone.engine.run import summary
+
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(summary(result)))
+    raise SystemExit(0 if result["status"] == "finished" else 130)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe by name, or a YAML file.")],
+    overrides: Set = [],  # noqa: B006 - typer reads the default, nothing writes it
+    as_json: Json = False,
+) -> None:
+    """Train; everything lands in one run folder, which is never overwritten."""
+    from hone.recipe import Recipe
+
+    checked = Recipe.load(recipe, overrides)
+    from hone.engine.progress import Display
+    from hone.engine.run import run as run_recipe
+
+    _finish(run_recipe(checked, Display()), as_json)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="A run folder.")], as_json: Json = False) -> None:
+    """Go on from the last good checkpoint, to the same bytes as if the run had never stopped."""
+    from hone.engine.progress import Display
+    from hone.engine.run import resume as resume_run
+
+    _finish(resume_run(run, Display()), as_json)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe by name, or a YAML file.")],
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Rehearse a run: show samples with what is trained coloured, run the longest batch, save, reload; print the cost."""
+    from hone.recipe import Recipe
+
+    checked = Recipe.load(recipe, overrides)
+    from hone.engine.preflight import preflight
+    from hone.engine.progress import Display
+
+    found = preflight(checked, Display())
+    print(json.dumps(found.record()) if as_json else found.text())
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="adapter, objective, optimizer, data, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """List every part and recipe."""
+    from hone import catalogue
+
+    entries = catalogue.entries(kind)
+    if as_json:
+        print(json.dumps([entry.plain() for entry in entries], indent=1))
+        return
+    width = max(len(entry.name) for entry in entries)
+    for entry in entries:
+        print(f"{entry.kind:<10} {entry.name:<{width}}  {entry.summary}")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A part or a recipe.")], as_json: Json = False) -> None:
+    """Show one part, or print a recipe: `hone show quickstart > mine.yaml` starts your own."""
+    from hone import catalogue
+
+    entries = catalogue.named(name)
+    if as_json:
+        print(json.dumps([entry.plain() for entry in entries], indent=1))
+        return
+    print("\n\n".join(entry.text() for entry in entries))
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder or a model folder.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to answer; may be given several times.")] = [],  # noqa: B006
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most probable token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with a trained model; without --prompt, some held-out ones."""
+    from hone.engine.use import sample_run
+
+    rows = sample_run(run, prompt, samples=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        for answer in row["answers"]:
+            print(f"--- {row['prompt'].rstrip()}\n{answer.rstrip()}")
+
+
+@app.command(name="eval")
+def eval_(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Evaluate a finished run's model on held-out data: loss, and the accuracy of generated answers."""
+    from hone.engine.progress import Display
+    from hone.engine.use import eval_run
+
+    row = eval_run(run, overrides, Display())
+    print(json.dumps(row) if as_json else "\n".join(f"{name}: {value:.4f}" for name, value in row.items()))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    to: Annotated[str, typer.Option(help="hf: a whole model; peft: the adapter alone.")] = "hf",
+    out: Annotated[Path | None, typer.Option(help="Where; default RUN/export-TO.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the trained model for other libraries, and prove that it gives the same logits."""
+    from hone.engine.use import export_run
+
+    made = export_run(run, to, out)
+    print(json.dumps(made) if as_json else f"{made['path']}\nlargest difference of a logit after reloading: {made['error']:.1e}")
+
+
+if __name__ == "__main__":
+    main()

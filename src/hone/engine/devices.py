@@ -1,0 +1,137 @@
+"""Where a run computes: the device, its arithmetic, and the processes that share the work.
+
+Processes are started by `accelerate launch` or torchrun; Accelerate's PartialState reads their environment and sets up
+the process group. Gradients are summed over processes after the backward pass of each turn, so that objectives with
+several players and any number of forward calls need no wrapper around the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hone.errors import HoneError
+
+
+class Cluster:
+    """The processes of one run and the device of this one."""
+
+    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+        """Join the process group if a launcher started several processes, and pick device and arithmetic.
+
+        Args:
+            device: "auto", "cpu", "cuda" or "mps".
+            precision: "auto", "float32", "bf16" or "float64".
+
+        Raises:
+            HoneError: the device, or bf16 on it, is not there.
+        """
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        chosen = _pick(device)
+        if self.world > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=chosen == "cpu")
+            self.device = state.device
+        else:
+            self.device = torch.device(chosen)
+        self.precision = _precision(precision, self.device)
+        self.dtype = torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context for forward passes: bf16 autocast, or nothing."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def sum(self, value: float) -> float:
+        """Return the sum of a number over all processes."""
+        if self.world == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
+        dist.all_reduce(total)
+        return float(total)
+
+    def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over all processes, in one flat message per dtype; a missing gradient counts as zero."""
+        if self.world == 1:
+            return
+        groups: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            groups.setdefault(parameter.dtype, []).append(parameter)
+        for members in groups.values():
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
+            flat = torch.cat([g.reshape(-1) for g in gradients])
+            dist.all_reduce(flat)
+            for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    def share(self, value: Tensor) -> Tensor:
+        """Return the main process's value on every process."""
+        if self.world > 1:
+            dist.broadcast(value, src=0)
+        return value
+
+    def peak_memory(self) -> int:
+        """Return the most bytes held so far: allocated on a GPU, resident in this process otherwise."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def describe(self) -> str:
+        """Return the device in words."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        several = f", {self.world} processes" if self.world > 1 else ""
+        return f"{name}{threads}, {self.precision}{several}"
+
+
+def _pick(device: str) -> str:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    missing = (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise HoneError(f"device: this machine has no {device} device that torch can use; try --set device=auto")
+    return device
+
+
+def _precision(precision: str, device: torch.device) -> str:
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise HoneError("precision: this GPU has no bf16; use precision: float32")
+    if precision == "float64" and device.type == "mps":
+        raise HoneError("precision: mps has no float64; use precision: float32")
+    return precision
+
+
+def seed_all(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch's generators for one step.
+
+    The seed is a function of (seed, step, rank), so that a resumed run draws the same numbers with no generator state
+    to save, whatever happened in between (evaluation, a preview, another number of workers).
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)

@@ -1,0 +1,126 @@
+"""Evaluation: the loss on held-out data, and task accuracy of generated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hone.data.sample import Message, Sample
+from hone.text.generate import generate
+from hone.text.pack import Tree, divide, pack
+
+if TYPE_CHECKING:
+    from hone.engine.devices import Cluster
+    from hone.text.model import LanguageModel
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation found.
+
+    Args:
+        loss: mean loss per unit of the objective on the held-out data, None when there is none.
+        scores: mean of each metric over the samples it applies to.
+        answers: one row per answered sample, as written to samples.jsonl.
+    """
+
+    loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """Return the numbers alone."""
+        return {"loss": self.loss, **self.scores} if self.loss is not None else dict(self.scores)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, objective: Any, trees: Sequence[Tree], limit: int, cluster: Cluster) -> float | None:
+    """Return the objective's mean loss over trees, shared among the processes.
+
+    Args:
+        model: the language model, put into evaluation mode meanwhile.
+        objective: gives `loss` (a sum) and `count`.
+        trees: held-out rendered samples.
+        limit: most tokens in one forward pass.
+        cluster: the processes and the device.
+    """
+    if not len(trees):
+        return None
+    was_training = model.training
+    model.eval()
+    total = count = 0.0
+    for part in divide([trees[i] for i in range(len(trees))], limit, cluster.world)[cluster.rank :: cluster.world]:
+        if part:
+            batch = pack(part).to(cluster.device)
+            with cluster.autocast():
+                value, _ = objective.loss(model, batch)
+            total += float(value)
+            count += float(objective.count(batch))
+    model.train(was_training)
+    whole = cluster.sum(count)
+    summed = cluster.sum(total)
+    return summed / whole if whole else None
+
+
+def answer(
+    model: LanguageModel,
+    source: Any,
+    samples: Sequence[Sample],
+    metrics: Sequence[Any],
+    *,
+    sampler: Any,
+    max_new_tokens: int,
+    seed: int = 0,
+) -> Evaluation:
+    """Generate an answer to each sample's prompt and judge it by each metric.
+
+    Args:
+        model: the language model.
+        source: the data source, which knows how to grade.
+        samples: held-out samples; those of kind "text" are passed over, since they have no prompt.
+        metrics: called with (source, sample, text); None means that the metric does not apply.
+        sampler: picks tokens.
+        max_new_tokens: longest answer in tokens.
+        seed: seeds the sampler.
+    """
+    asked = [s for s in samples if s.kind != "text"]
+    if not asked:
+        return Evaluation()
+    renderer = model.renderer
+    prompts = [renderer.prompt_ids(sample) for sample in asked]
+    made = generate(
+        model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop=renderer.stop_ids, seed=seed
+    )
+    answers = []
+    sums: dict[str, list[float]] = {}
+    for sample, generations in zip(asked, made, strict=True):
+        text = renderer.decode(generations[0].tokens)
+        scores = {metric.name: metric(source, sample, text) for metric in metrics}
+        for name, value in scores.items():
+            if value is not None:
+                sums.setdefault(name, []).append(float(value))
+        row = {"where": sample.where, "prompt": show_prompt(sample), "expected": expected(sample), "answer": text}
+        answers.append({**row, "stopped": bool(generations[0].stopped), **scores})
+    return Evaluation(scores={name: sum(v) / len(v) for name, v in sums.items()}, answers=answers)
+
+
+def show_prompt(sample: Sample) -> str:
+    """Return a sample's prompt as text for people."""
+    if isinstance(sample.prompt, str):
+        return sample.prompt
+    turns = list(sample.prompt)
+    if sample.kind == "messages" and turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
+def expected(sample: Sample) -> str:
+    """Return a sample's reference answer as text, "" when it has none."""
+    if sample.kind == "messages" and not isinstance(sample.prompt, str):
+        last = [turn for turn in sample.prompt if turn.role == "assistant"]
+        return last[-1].content if last else ""
+    first = sample.answers[0] if sample.answers else ""
+    return first if isinstance(first, str) else "\n".join(t.content for t in first if isinstance(t, Message))

@@ -1,0 +1,51 @@
+"""The numeric guard: a loss or gradient that is not finite stops the run before it can touch the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hone.errors import NumericError
+
+
+def check_loss(value: Tensor, step: int, where: Sequence[str]) -> None:
+    """Stop when a loss is not finite.
+
+    Raises:
+        NumericError: names the step and the samples of the micro-batch.
+    """
+    if not bool(torch.isfinite(value)):
+        raise NumericError(_message(f"the loss is {float(value)}", step, where))
+
+
+def clip(parameters: Sequence[nn.Parameter], most: float | None, step: int, where: Sequence[str]) -> float:
+    """Scale the gradients to a norm of at most `most` and return the norm before.
+
+    Args:
+        parameters: parameters of one player; those without a gradient are passed over.
+        most: largest L2 norm over all gradients together; None only measures.
+        step: for the message.
+        where: the samples of the step, for the message.
+
+    Raises:
+        NumericError: the norm is not finite; the gradients are left unscaled and the weights untouched.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    if not math.isfinite(norm):
+        bad = next((i for i, g in enumerate(gradients) if not bool(torch.isfinite(g).all())), 0)
+        raise NumericError(_message(f"the gradient norm is {norm} (first in tensor {bad} of {len(gradients)})", step, where))
+    if most is not None and norm > most:
+        torch._foreach_mul_(gradients, most / (norm + 1e-6))
+    return norm
+
+
+def _message(what: str, step: int, where: Sequence[str]) -> str:
+    shown = ", ".join(list(dict.fromkeys(where))[:5]) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
+    return (
+        f"step {step}: {what}. The batch was: {shown or 'unknown'}. The weights were not touched and the last good state "
+        "is saved. Try a smaller optimizer.lr, a longer schedule.warmup or a smaller clip, or look at those samples."
+    )

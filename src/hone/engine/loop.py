@@ -1,0 +1,205 @@
+"""The one training loop: micro-batches, turns, the reducer, the guard, checkpoints. It never names a method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hone.engine import guard
+from hone.engine.devices import Cluster, seed_all
+from hone.errors import HoneError
+from hone.text.pack import Packed, Tree, divide, pack
+
+if TYPE_CHECKING:
+    from hone.engine.checkpoint import Checkpoints
+    from hone.engine.folder import RunFolder
+    from hone.recipe import Recipe
+
+
+@dataclass
+class Player:
+    """Tensors that train together, and what moves them.
+
+    Args:
+        params: named parameters that train.
+        optimizer: moves them.
+        schedule: factor on the learning rate as a function of (step, total).
+    """
+
+    params: list[tuple[str, nn.Parameter]]
+    optimizer: Optimizer
+    schedule: Callable[[int, int], float]
+    rates: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Remember the unscaled learning rate of each group."""
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def set_rate(self, step: int, total: int) -> float:
+        """Set the learning rates of a step; return that of the first group."""
+        factor = self.schedule(step, total)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        return self.rates[0] * factor
+
+
+@dataclass
+class Run:
+    """A run in progress: what objectives, adapters and callbacks may see and use.
+
+    Args:
+        recipe: the checked recipe.
+        cluster: device and processes.
+        model: the model that trains.
+        objective: what is minimised.
+        loader: yields the trees of one step.
+        total: optimizer steps of the whole run.
+        players: who trains; objectives may add some in `setup`.
+        callbacks: hooks beside the steps.
+        step: finished steps.
+        stop: set to a reason to end the run after the step.
+        best: (value, step) of the best evaluation so far.
+    """
+
+    recipe: Recipe
+    cluster: Cluster
+    model: Any
+    objective: Any
+    loader: Any
+    total: int
+    players: dict[str, Player] = field(default_factory=dict)
+    callbacks: list[Any] = field(default_factory=list)
+    step: int = 0
+    tokens: int = 0
+    stop: str = ""
+    best: tuple[float, int] | None = None
+    folder: RunFolder | None = None
+
+    @property
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """The named parameters of the player "model"."""
+        return self.players["model"].params
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on. Random numbers are a function of the step."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "best": None if self.best is None else list(self.best),
+            "players": {
+                name: {"weights": dict(player.params), "optimizer": player.optimizer.state_dict()}
+                for name, player in self.players.items()
+            },
+            "buffers": dict(_persistent_buffers(self.model)),
+            "loader": self.loader.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Invert `state`.
+
+        Raises:
+            HoneError: the checkpoint belongs to a run with other trained tensors.
+        """
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        for name, player in self.players.items():
+            load_tensors(dict(player.params), state["players"][name]["weights"], f"player '{name}'")
+            player.optimizer.load_state_dict(state["players"][name]["optimizer"])
+        load_tensors(dict(_persistent_buffers(self.model)), state["buffers"], "buffers")
+        self.loader.load_state_dict(state["loader"])
+        for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(own)
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Any]]:
+    kept = model.state_dict().keys()
+    return [(name, value) for name, value in model.named_buffers() if name in kept]
+
+
+def load_tensors(into: dict[str, Any], saved: dict[str, Any], what: str) -> None:
+    """Copy saved tensors into live ones of the same names and shapes.
+
+    Raises:
+        HoneError: names or shapes differ; some of the differences are listed.
+    """
+    wrong = sorted(set(into) ^ set(saved)) or sorted(n for n in into if into[n].shape != saved[n].shape)
+    if wrong:
+        raise HoneError(f"the checkpoint does not fit this run's {what}: {', '.join(wrong[:5])}")
+    for name, tensor in into.items():
+        tensor.data.copy_(saved[name])
+
+
+class Trainer:
+    """Runs optimizer steps of a `Run`."""
+
+    def __init__(self, run: Run, checkpoints: Checkpoints | None = None) -> None:
+        """Prepare to train.
+
+        Args:
+            run: the run in progress.
+            checkpoints: where the last good state goes when a step is not finite; None keeps it nowhere.
+        """
+        self.run, self.checkpoints = run, checkpoints
+        self.limit = run.recipe.micro_tokens or run.recipe.batch_tokens
+
+    def train_step(self, trees: Sequence[Tree]) -> dict[str, Any]:
+        """Train on the trees of one step and return its row of metrics.
+
+        Every process sees the whole step's trees in the same order and takes its share of the micro-batches. Losses are
+        sums; they are divided by the count of the whole step, so no division into micro-batches changes a gradient.
+
+        Raises:
+            HoneError: nothing in the step is trained on.
+            NumericError: a loss or gradient is not finite; the optimizer has not moved.
+        """
+        run, cluster = self.run, self.run.cluster
+        began = time.perf_counter()
+        seed_all(run.recipe.seed, run.step + 1, cluster.rank)
+        shares = divide(trees, self.limit, cluster.world)[cluster.rank :: cluster.world]
+        batches = [pack(share).to(cluster.device) for share in shares if share]
+        units = cluster.sum(sum(float(run.objective.count(batch)) for batch in batches))
+        if units <= 0:
+            raise HoneError(f"step {run.step + 1}: nothing in this step is trained on: every token is masked")
+        row = self._turns(batches, units, tuple(tree.where for tree in trees))
+        run.step += 1
+        run.tokens += sum(len(tree) for tree in trees)
+        seconds = time.perf_counter() - began
+        tokens = sum(len(tree) for tree in trees)
+        return {"step": run.step, **row, "tokens": tokens, "units": units, "seconds": round(seconds, 4),
+                "memory": cluster.peak_memory()}  # fmt: skip
+
+    def _turns(self, batches: list[Packed], units: float, where: tuple[str, ...]) -> dict[str, Any]:
+        """Let every micro-batch take its turns side by side: a player moves once all have given its loss."""
+        run, cluster = self.run, self.run.cluster
+        games = [run.objective.turns(run.model, batch) for batch in batches]
+        row: dict[str, Any] = {}
+        while True:
+            player_name, sums = "", {}
+            for game, batch in zip(games, batches, strict=True):
+                with cluster.autocast():
+                    turn = next(game, None)
+                if turn is None:
+                    continue
+                player_name = turn.player
+                guard.check_loss(turn.loss, run.step + 1, batch.where)
+                (turn.loss / units).backward()
+                for name, value in {"loss": turn.loss, **turn.metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+            if not player_name:
+                return row
+            player = run.players[player_name]
+            parameters = [p for _, p in player.params]
+            cluster.reduce_gradients(parameters)
+            norm = guard.clip(parameters, run.recipe.clip, run.step + 1, where)
+            rate = player.set_rate(run.step, run.total)
+            player.optimizer.step()
+            player.optimizer.zero_grad(set_to_none=True)
+            prefix = "" if player_name == "model" else f"{player_name}/"
+            row.update({prefix + name: cluster.sum(value) / units for name, value in sums.items()})
+            row.update({prefix + "lr": rate, prefix + "grad_norm": norm})

@@ -1,0 +1,70 @@
+"""The manifest: what a run was made of, so that it can be made again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import hone
+from hone import options, parts
+from hone.recipe import LIST_FIELDS, PART_FIELDS, Recipe
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "numpy", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of hone, Python and the packages that a run depends on."""
+    found = {"hone": hone.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def source_hashes(recipe: Recipe) -> dict[str, str]:
+    """Return the SHA-256 of the source file of every part that a recipe names."""
+    specs = [(kind, getattr(recipe, field)) for field, kind in PART_FIELDS.items()]
+    specs += [(kind, spec) for field, kind in LIST_FIELDS.items() for spec in getattr(recipe, field)]
+    found = {}
+    for kind, spec in specs:
+        if spec is not None and (record := parts.find(kind, options.split_spec(kind, spec)[0])) is not None:
+            found[f"{kind}:{record.name}"] = hashlib.sha256(Path(record.path).read_bytes()).hexdigest()
+    return found
+
+
+def folder_hash(folder: Path) -> str | None:
+    """Return one SHA-256 over the weights and configuration of a model folder, None when it is not a local folder."""
+    if not folder.is_dir():
+        return None
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja"):
+            total.update(path.name.encode())
+            with path.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def manifest(recipe: Recipe, device: str, data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a run.
+
+    Args:
+        recipe: the resolved recipe.
+        device: the device in words.
+        data: fingerprints and counts of the data.
+        model: path and content hash of the starting model, and its sizes.
+    """
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device,
+        "seed": recipe.seed,
+        "data": data,
+        "model": model,
+        "sources": source_hashes(recipe),
+    }

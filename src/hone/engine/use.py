@@ -1,0 +1,134 @@
+"""What one does with a finished run: sample, evaluate, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hone.data.open import open_data
+from hone.data.sample import Sample
+from hone.engine import evaluate
+from hone.engine.checkpoint import staged
+from hone.engine.devices import Cluster
+from hone.engine.folder import RunFolder
+from hone.engine.progress import Display
+from hone.engine.run import require_finished
+from hone.errors import HoneError, nearest
+from hone.recipe import Recipe
+from hone.samplers.text import Greedy, Sample as Sampling
+from hone.text.generate import generate
+from hone.text.model import LanguageModel
+
+
+def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
+    """Return the model of a run folder with its recipe, or a plain model folder."""
+    if (path / "recipe.yaml").is_file():
+        folder = RunFolder.open(path)
+        require_finished(folder)
+        return folder.path / "model", Recipe.load(folder.path / "recipe.yaml").staged()[-1]
+    return (str(path) if str(path) == "base" else path), None
+
+
+def sample_run(
+    path: Path, prompts: list[str], *, samples: int, max_new_tokens: int, temperature: float, seed: int
+) -> list[dict[str, Any]]:
+    """Answer prompts with a trained model.
+
+    Args:
+        path: a run folder or a model folder.
+        prompts: texts to answer; empty takes three held-out samples of the run.
+        samples: answers to each prompt.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 picks the most probable token.
+        seed: seeds the sampler.
+
+    Raises:
+        HoneError: there is no prompt and no run to take some from.
+    """
+    folder, recipe = _model_folder(path)
+    cluster = Cluster()
+    model = LanguageModel.load(str(folder), device=cluster.device)
+    if prompts:
+        asked = [Sample(kind="prompt", prompt=text, where="--prompt") for text in prompts]
+    elif recipe is not None:
+        source = recipe.build("data" if recipe.eval_data is None else "eval_data")
+        asked = [s for s in open_data(source, model.renderer, consumes="any", split="eval").samples if s.kind != "text"][:3]
+    else:
+        raise HoneError("give a prompt: hone sample FOLDER --prompt 'some text'")
+    sampler = Sampling(temperature=temperature) if temperature > 0 else Greedy()
+    made = generate(
+        model, [model.renderer.prompt_ids(s) for s in asked], samples=samples, max_new_tokens=max_new_tokens,
+        sampler=sampler, stop=model.renderer.stop_ids, seed=seed,
+    )  # fmt: skip
+    return [
+        {"prompt": evaluate.show_prompt(s), "answers": [model.renderer.decode(g.tokens) for g in group]}
+        for s, group in zip(asked, made, strict=True)
+    ]
+
+
+def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, float]:
+    """Evaluate a finished run's model on its held-out data, or on other data given by overrides.
+
+    Args:
+        path: a run folder.
+        overrides: settings such as "eval_data=FILE" or "eval_samples=500".
+        display: shows progress.
+    """
+    folder = RunFolder.open(path)
+    require_finished(folder)
+    recipe = Recipe.load(folder.path / "recipe.yaml", overrides).staged()[-1]
+    cluster = Cluster(recipe.device, recipe.precision)
+    model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
+    objective = recipe.build("objective")
+    source = recipe.build("data" if recipe.eval_data is None else "eval_data")
+    opened = open_data(source, model.renderer, consumes=objective.consumes, split="eval", progress=display.update)
+    loss = evaluate.mean_loss(model, objective, opened.trees, recipe.micro_tokens or recipe.batch_tokens, cluster)
+    found = evaluate.answer(
+        model, source, opened.samples[: recipe.eval_samples], recipe.build("metrics"), sampler=recipe.build("sampler"),
+        max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
+    )  # fmt: skip
+    found.loss = loss
+    return found.row()
+
+
+@torch.no_grad()
+def export_run(path: Path, to: str, out: Path | None) -> dict[str, Any]:
+    """Write a run's model for other libraries and prove that it is the same model.
+
+    Args:
+        path: a run folder.
+        to: "hf" writes the whole model, an adapter merged into its base; "peft" the adapter alone.
+        out: where; None writes RUN/export-TO.
+
+    Returns:
+        The path and the largest difference of a logit between the trained and the exported model.
+
+    Raises:
+        HoneError: an unknown format, a run without an adapter, an existing folder, or logits that differ.
+    """
+    folder = RunFolder.open(path)
+    require_finished(folder)
+    if to not in ("hf", "peft"):
+        raise HoneError(f"--to: expected hf or peft, got '{to}' ({nearest(to, ('hf', 'peft')) or 'see hone export --help'})")
+    made, adapted = folder.path / "model", (folder.path / "model" / "adapter_config.json").is_file()
+    if to == "peft" and not adapted:
+        raise HoneError(f"{folder.path} trained whole weights: there is no adapter to export; use --to hf")
+    target = out or folder.path / f"export-{to}"
+    if target.exists():
+        raise HoneError(f"'{target}' exists already, and nothing is ever overwritten; give another one with --out")
+    trained = LanguageModel.load(str(made))
+    with staged(target) as staging:
+        if to == "hf":
+            trained.save(staging)
+        else:
+            for file in made.iterdir():
+                if file.name != "checksums.json":
+                    (staging / file.name).write_bytes(file.read_bytes())
+    again = LanguageModel.load(str(target))
+    ids = torch.arange(1, 33)[None] % trained.hf.config.vocab_size
+    error = float((trained.hf(input_ids=ids).logits - again.hf(input_ids=ids).logits).abs().max())
+    if not error <= 1e-4:
+        raise HoneError(f"{target}: the exported model's logits differ from the trained model's by {error:.1e}")
+    return {"path": str(target), "format": to, "error": error}

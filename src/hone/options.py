@@ -1,0 +1,217 @@
+"""Checking and building parts from what a recipe says.
+
+One declaration, the typed field of the part's dataclass, drives the check, its message and the JSON schema. Types are
+checked strictly: "8" is not 8, and 1 is not True. All problems are collected; nothing is raised until all are known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from hone import parts
+from hone.errors import HoneError, Problem, nearest
+
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Mark an option that holds parts itself: `sources: Annotated[list[Any], Nested("data")]`.
+
+    Args:
+        kind: kind of the parts that the option names; at build time the names are replaced by built parts.
+    """
+
+    kind: str
+
+
+class Places:
+    """Where each field of a recipe was written, for messages."""
+
+    def __init__(self, lines: dict[str, int] | None = None, file: str = "") -> None:
+        """Remember the line of each dotted path.
+
+        Args:
+            lines: line number by dotted path; 0 marks a path that `--set` gave.
+            file: path of the recipe file.
+        """
+        self.lines, self.file = lines or {}, file
+
+    def find(self, path: str) -> str:
+        """Return "file:line" of the path or of the nearest enclosing one, "--set", or "" when nothing is known."""
+        while path:
+            if path in self.lines:
+                return f"{self.file}:{self.lines[path]}" if self.lines[path] else "--set"
+            path = path.rpartition(".")[0]
+        return self.file
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """Return the resolved annotation of every option of a dataclass, `Annotated` kept."""
+    found = _resolved(cls)
+    return {f.name: found[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+@cache
+def _resolved(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=_STRICT)
+
+
+def _check_value(hint: Any, value: Any) -> str:
+    """Return what is wrong with a value for a type, or "" when nothing is."""
+    try:
+        adapter = _adapter(hint)
+    except TypeError:  # an unhashable Literal or metadata: build it afresh
+        adapter = TypeAdapter(hint, config=_STRICT)
+    try:
+        adapter.validate_python(value)
+        return ""
+    except ValidationError as error:
+        found: dict[str, list[str]] = {}
+        for item in error.errors():
+            inner = ".".join(str(step) for step in item["loc"] if isinstance(step, int))
+            text = item["msg"].replace("Input should be a valid ", "a ").replace("Input should be ", "")
+            found.setdefault(inner, []).append(text)
+        inner, texts = next(iter(found.items()))
+        where = f"item {inner}: " if inner else ""
+        return f"{where}expected {' or '.join(dict.fromkeys(texts))}, got {value!r}"
+
+
+def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> list[Problem]:
+    """Check a mapping of options against the fields of a dataclass.
+
+    Args:
+        cls: the dataclass.
+        given: option name to value.
+        at: dotted path of the mapping inside the recipe, "" at the top.
+        places: where each path was written.
+
+    Returns:
+        One problem per unknown option, wrong type, value out of range or missing option.
+    """
+    known, problems = hints(cls), []
+    for name, value in given.items():
+        path = f"{at}.{name}" if at else name
+        if name not in known:
+            hint = nearest(name, known) or f"options: {', '.join(known) or 'none'}"
+            problems.append(Problem(path, "unknown option", places.find(path), hint))
+        elif (nested := nested_kind(known[name])) is not None:
+            problems.extend(check_nested(nested, value, path, places))
+        elif message := _check_value(known[name], value):
+            choices = [c for c in get_args(_bare(known[name])) if isinstance(c, str)]
+            hint = nearest(value, choices) if isinstance(value, str) else ""
+            problems.append(Problem(path, message, places.find(path), hint))
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.init and required and field.name not in given:
+            path = f"{at}.{field.name}" if at else field.name
+            problems.append(Problem(path, "is required and was not given", places.find(path)))
+    return problems
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def nested_kind(hint: Any) -> str | None:
+    """Return the kind of parts that an option holds, or None for a plain option."""
+    if get_origin(hint) is Annotated:
+        return next((m.kind for m in get_args(hint)[1:] if isinstance(m, Nested)), None)
+    return None
+
+
+def check_nested(kind: str, value: Any, at: str, places: Places) -> list[Problem]:
+    """Check an option that holds one part or a list of parts."""
+    items = value if isinstance(value, list) else [value]
+    spread = [f"{at}.{i}" for i in range(len(items))] if isinstance(value, list) else [at]
+    return [p for item, path in zip(items, spread, strict=True) for p in check_part(kind, item, path, places)]
+
+
+def split_spec(kind: str, spec: Any) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of a part as a recipe writes it.
+
+    A string is a name. A string for `data` or `model` that is no part's name is a path or a Hub name.
+
+    Raises:
+        HoneError: the specification is neither a name nor a mapping with `name`.
+    """
+    if isinstance(spec, str):
+        return _shorthand(kind, spec)
+    if isinstance(spec, dict) and kind in ("data", "model") and "name" not in spec and "path" in spec:
+        name, extra = _shorthand(kind, spec["path"] if isinstance(spec["path"], str) else "./")
+        return name, {**spec, **({"path": extra["path"]} if isinstance(spec["path"], str) and extra else {})}
+    if isinstance(spec, dict) and isinstance(spec.get("name"), str):
+        return spec["name"], {key: value for key, value in spec.items() if key != "name"}
+    raise HoneError(f"expected the name of a {kind} or a mapping with 'name' and options, got {spec!r}")
+
+
+def _shorthand(kind: str, text: str) -> tuple[str, dict[str, Any]]:
+    if kind not in ("data", "model") or parts.find(kind, text):
+        return text, {}
+    if kind == "model":
+        return "pretrained", {"path": text}
+    looks_local = any(mark in text for mark in "*?\\") or text.startswith((".", "/", "~")) or "." in text.rsplit("/")[-1]
+    if looks_local or _exists(text):
+        return "files", {"path": text}
+    return ("hub", {"path": text}) if text.count("/") == 1 else (text, {})
+
+
+def _exists(text: str) -> bool:
+    from pathlib import Path
+
+    return Path(text).expanduser().exists()
+
+
+def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
+    """Check one part as a recipe writes it: its name, its options and what the part itself can tell without loading."""
+    try:
+        name, options = split_spec(kind, spec)
+    except HoneError as error:
+        return [Problem(at, str(error), places.find(at))]
+    if parts.find(kind, name) is None:
+        known = [record.name for record in parts.catalogue() if record.kind == kind]
+        hint = nearest(name, known) or f"known: {', '.join(known)}"
+        return [Problem(at, f"there is no {kind} called '{name}'", places.find(at), hint)]
+    cls = parts.load(kind, name)
+    if ":" in name:
+        own = {key: value for key, value in options.items() if key in hints(cls) and key not in ("method", "options")}
+        rest = {key: value for key, value in options.items() if key not in own}
+        problems = check_fields(cls, {"method": name.split(":", 1)[1], **own}, at, places)
+        found = cls.problems(name.split(":", 1)[1], rest)
+        problems += [Problem(f"{at}.{key}".rstrip("."), text, places.find(f"{at}.{key}")) for key, text in found]
+        return problems
+    problems = check_fields(cls, options, at, places)
+    if not problems and hasattr(cls, "check"):
+        found = build_part(kind, spec).check()
+        problems = [Problem(f"{at}.{key}", text, places.find(f"{at}.{key}")) for key, text in found]
+    return problems
+
+
+def build_part(kind: str, spec: Any) -> Any:
+    """Build a part from a checked specification; nested parts are built first."""
+    name, options = split_spec(kind, spec)
+    cls = parts.load(kind, name)
+    known = hints(cls)
+    built = {}
+    for key, value in options.items():
+        nested = nested_kind(known[key]) if key in known else None
+        if nested is None:
+            built[key] = value
+        else:
+            built[key] = [build_part(nested, v) for v in value] if isinstance(value, list) else build_part(nested, value)
+    if ":" in name:
+        own = {key: value for key, value in built.items() if key in known}
+        rest = {key: value for key, value in built.items() if key not in known}
+        return cls(method=name.split(":", 1)[1], options=rest, **own)
+    return cls(**built)

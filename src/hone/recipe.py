@@ -1,0 +1,367 @@
+"""The recipe: one YAML file that names the parts of a run.
+
+`Recipe.load("quickstart", ["adapter.rank=16"])` reads a shipped recipe by name or a file by path, applies the overrides,
+checks every field and every option of every part, and raises one `RecipeError` with all problems at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from hone import options as opt
+from hone.errors import HoneError, Problem, RecipeError, nearest
+
+SHIPPED = Path(__file__).parent / "recipes"
+PART_FIELDS = {
+    "model": "model", "data": "data", "eval_data": "data", "adapter": "adapter", "objective": "objective",
+    "optimizer": "optimizer", "schedule": "schedule", "sampler": "sampler",
+}  # fmt: skip
+LIST_FIELDS = {"callbacks": "callback", "metrics": "metric"}
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """A checked recipe. Part fields hold what the recipe says: a name, or a mapping with `name` and options.
+
+    Args:
+        about: free record of a published recipe: text, papers, claim, deviations.
+        model: "base" (the shipped model), a folder or Hub name, or a model part.
+        data: a built-in, a path, a glob, a Hub name, or a data part.
+        eval_data: what to evaluate on; None holds out a part of `data`.
+        adapter: how weights are parameterised and which of them train.
+        objective: what is minimised.
+        optimizer: how parameters move.
+        schedule: how the learning rate changes over the run.
+        callbacks: what happens beside the steps.
+        sampler: how evaluation picks tokens.
+        metrics: how evaluation judges generated answers.
+        steps: optimizer steps; exclusive with `epochs`.
+        epochs: passes over the data, may be fractional; exclusive with `steps`.
+        batch_tokens: most tokens in one optimizer step, over all micro-batches and processes.
+        micro_tokens: most tokens in one forward pass; None means `batch_tokens`. Never changes a gradient.
+        clip: largest gradient norm; None switches clipping off.
+        eval_every: steps between evaluations; None evaluates before and after only.
+        eval_samples: held-out samples that are answered by generation at each evaluation; 0 for none.
+        max_new_tokens: longest generated answer in tokens.
+        checkpoint_every: steps between checkpoints; None saves at the end and on interruption only.
+        keep: how many recent checkpoints stay on disk; the best one stays as well.
+        final: whether the run's `model/` is the last or the best evaluated state.
+        precision: arithmetic; "auto" is bf16 autocast where the GPU has it, float32 elsewhere.
+        device: where to train; "auto" takes CUDA, then MPS, then the CPU.
+        recompute: recompute each layer's activations in the backward pass to save memory.
+        trackers: trackers of Accelerate to log to beside metrics.jsonl, e.g. tensorboard.
+        seed: seeds initialisation, data order and sampling.
+        out: the run folder; None makes runs/NAME-1, -2, ...
+        stages: overrides of the above, run one after the other, each from the previous stage's result.
+        name: name of the recipe, for the run folder and messages.
+    """
+
+    about: dict[str, Any] = field(default_factory=dict)
+    model: Any = "base"
+    data: Any = None
+    eval_data: Any = None
+    adapter: Any = "full"
+    objective: Any = "sft"
+    optimizer: Any = "adamw"
+    schedule: Any = "cosine"
+    callbacks: list[Any] = field(default_factory=list)
+    sampler: Any = "greedy"
+    metrics: list[Any] = field(default_factory=lambda: ["accuracy"])
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_tokens: Positive = 4096
+    micro_tokens: Positive | None = None
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    eval_every: Positive | None = None
+    eval_samples: Annotated[int, Field(ge=0)] = 100
+    max_new_tokens: Positive = 128
+    checkpoint_every: Positive | None = None
+    keep: Positive = 2
+    final: Literal["last", "best"] = "last"
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    recompute: bool = False
+    trackers: list[str] = field(default_factory=list)
+    seed: Annotated[int, Field(ge=0)] = 0
+    out: str | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    name: str = "run"
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read, override and check a recipe.
+
+        Args:
+            source: name of a shipped recipe, or path of a YAML file.
+            overrides: "a.b=value" settings; the value is read as YAML.
+
+        Raises:
+            RecipeError: with every problem found, each with file, line, field, what was expected and the nearest name.
+        """
+        path = locate(source)
+        raw, lines = read_yaml(path)
+        problems = []
+        for text in overrides:
+            problem = _override(raw, lines, text)
+            if problem is not None:
+                problems.append(problem)
+        raw.setdefault("name", path.stem)
+        places = opt.Places(lines, str(path))
+        problems += check(raw, places)
+        if problems:
+            raise RecipeError(problems)
+        return cls(**raw)
+
+    @classmethod
+    def of(cls, **fields: Any) -> Recipe:
+        """Make a recipe in Python, checked like a file.
+
+        Args:
+            fields: the recipe's fields.
+
+        Raises:
+            RecipeError: with every problem found.
+        """
+        if problems := check(fields, opt.Places()):
+            raise RecipeError(problems)
+        return cls(**fields)
+
+    def build(self, part_field: str) -> Any:
+        """Build the part, or the list of parts, that a field names."""
+        value = getattr(self, part_field)
+        if part_field in LIST_FIELDS:
+            return [opt.build_part(LIST_FIELDS[part_field], spec) for spec in value]
+        return None if value is None else opt.build_part(PART_FIELDS[part_field], value)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the recipe as a plain mapping, fields at their defaults included; `Recipe.of(**plain)` gives it back."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def staged(self) -> list[Recipe]:
+        """Return one recipe per stage, each with its overrides applied; the recipe itself when it has no stages."""
+        if not self.stages:
+            return [self]
+        top = self.plain()
+        made = []
+        for index, stage in enumerate(self.stages):
+            merged = _merged(top, stage)
+            made.append(Recipe(**{"name": f"stage-{index + 1}", **merged, "stages": []}))
+        return made
+
+
+def _merged(top: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    merged = {**top, **stage}
+    if "steps" in stage or "epochs" in stage:  # a stage's length replaces the top level's, whichever way it is given
+        merged["steps"], merged["epochs"] = stage.get("steps"), stage.get("epochs")
+    if "name" not in stage:
+        merged.pop("name", None)
+    return merged
+
+
+def shipped() -> list[str]:
+    """Return the names of the recipes that come with hone."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def locate(source: str | Path) -> Path:
+    """Return the file of a recipe given by name or path.
+
+    Raises:
+        RecipeError: there is neither a shipped recipe nor a file of that name.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if path.is_file():
+            return path
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
+        raise RecipeError([Problem("", f"there is no recipe file '{path}'", hint=near)])
+    if str(source) in shipped():
+        return SHIPPED / f"{source}.yaml"
+    hint = nearest(str(source), shipped()) or f"shipped recipes: {', '.join(shipped())}"
+    raise RecipeError([Problem("", f"there is no recipe called '{source}'", hint=hint)])
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose plain scalars follow YAML 1.2: 1e-4 is a float, and yes, no, on, off are strings."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in found if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read a YAML mapping and the line of every field.
+
+    Returns:
+        The mapping, and line numbers by dotted path (list items by index).
+
+    Raises:
+        RecipeError: the file is not valid YAML, is not a mapping, or gives a key twice.
+    """
+    text = path.read_text(encoding="utf-8")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[str, int] = {}
+        problems: list[Problem] = []
+        _walk(node, "", lines, problems, str(path))
+        if problems:
+            raise RecipeError(problems)
+        value = loader.construct_document(node) if node is not None else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        detail = getattr(error, "problem", None) or str(error)
+        raise RecipeError([Problem("", f"not valid YAML: {detail}", place)]) from error
+    finally:
+        loader.dispose()
+    if not isinstance(value, dict):
+        raise RecipeError([Problem("", "expected a mapping of fields such as 'model:' and 'data:'", f"{path}:1")])
+    return value, lines
+
+
+def _walk(node: yaml.Node | None, at: str, lines: dict[str, int], problems: list[Problem], file: str) -> None:
+    if node is None:
+        return
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = f"{at}.{key.value}" if at else str(key.value)
+            if path in lines:
+                problems.append(Problem(path, "is given twice", f"{file}:{key.start_mark.line + 1}"))
+            lines[path] = key.start_mark.line + 1
+            _walk(value, path, lines, problems, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _walk(value, f"{at}.{index}" if at else str(index), lines, problems, file)
+
+
+def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem | None:
+    """Apply one "a.b=value" to the raw mapping; a part named by a string becomes a mapping when an option is set."""
+    path, equals, value_text = text.partition("=")
+    if not equals or not path:
+        return Problem(text, "expected key=value", "--set")
+    loader = _Loader(value_text)
+    try:
+        node = loader.get_single_node()
+        value = loader.construct_document(node) if node is not None else None
+    except yaml.YAMLError as error:
+        return Problem(path, f"the value is not valid YAML: {error}", "--set")
+    finally:
+        loader.dispose()
+    keys, target = path.split("."), raw
+    for depth, key in enumerate(keys[:-1]):
+        slot: Any = int(key) if isinstance(target, list) and key.isdigit() else key
+        if isinstance(target, list) and (not isinstance(slot, int) or slot >= len(target)):
+            return Problem(path, f"'{'.'.join(keys[:depth])}' has {len(target)} items; '{key}' is none of them", "--set")
+        if not isinstance(target, list) and (slot not in target or target[slot] is None):
+            target[slot] = _start(key) if depth == 0 else {}
+        if isinstance(target[slot], str):
+            target[slot] = _as_mapping(key, target[slot])
+        target = target[slot]
+        if not isinstance(target, (dict, list)):
+            return Problem(path, f"'{'.'.join(keys[: depth + 1])}' holds {target!r}, which has no fields", "--set")
+    slot = int(keys[-1]) if isinstance(target, list) and keys[-1].isdigit() else keys[-1]
+    target[slot] = value
+    for known in [p for p in lines if p == path or p.startswith(path + ".")]:
+        del lines[known]
+    lines[path] = 0
+    return None
+
+
+def _start(key: str) -> dict[str, Any]:
+    """Begin the mapping of a part that the recipe leaves at its default, so that its options can be set."""
+    default = next((f.default for f in dataclasses.fields(Recipe) if f.name == key), None)
+    return _as_mapping(key, default) if isinstance(default, str) else {}
+
+
+def _as_mapping(key: str, text: str) -> dict[str, Any]:
+    name, extra = opt.split_spec(PART_FIELDS.get(key, "part"), text)
+    return {"name": name, **extra}
+
+
+def check(raw: dict[str, Any], places: opt.Places) -> list[Problem]:
+    """Return every problem of a raw recipe, those of its stages included."""
+    problems = _check_level(raw, "", places)
+    stages = raw.get("stages") or []
+    if not isinstance(stages, list) or problems:
+        return problems
+    top = {key: value for key, value in raw.items() if key != "stages"}
+    for index, stage in enumerate(stages):
+        if isinstance(stage, dict):
+            own = _check_level(_merged(top, stage), f"stages.{index}", places, only=set(stage))
+            problems += own
+    return problems
+
+
+def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str] | None = None) -> list[Problem]:
+    problems = []
+    plain = {k: v for k, v in raw.items() if k not in PART_FIELDS and k not in LIST_FIELDS}
+    if only is not None:
+        plain = {k: v for k, v in plain.items() if k in only}
+    problems += opt.check_fields(Recipe, plain, at, places)
+    for name, kind in PART_FIELDS.items():
+        if raw.get(name) is not None and (only is None or name in only):
+            problems += opt.check_part(kind, raw[name], f"{at}.{name}".lstrip("."), places)
+    for name, kind in LIST_FIELDS.items():
+        if raw.get(name) and (only is None or name in only):
+            problems += opt.check_nested(kind, raw[name], f"{at}.{name}".lstrip("."), places)
+    return problems + _combinations(raw, at, places)
+
+
+def _combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Problem]:
+    """Return the problems that lie between fields rather than in one."""
+
+    def problem(name: str, message: str, hint: str = "") -> Problem:
+        path = f"{at}.{name}".lstrip(".")
+        return Problem(path, message, places.find(path), hint)
+
+    found = []
+    staged = bool(raw.get("stages")) and not at
+    steps, epochs = raw.get("steps"), raw.get("epochs")
+    if steps is not None and epochs is not None:
+        found.append(problem("epochs", "is given together with 'steps'; give one of them"))
+    if steps is None and epochs is None and not staged:
+        found.append(problem("steps", "is required and was not given", "or give 'epochs'"))
+    if raw.get("data") is None and not staged:
+        found.append(problem("data", "is required and was not given", "a path, a Hub name, or a built-in such as chains"))
+    whole, micro = raw.get("batch_tokens", 4096), raw.get("micro_tokens")
+    if isinstance(micro, int) and isinstance(whole, int) and micro > whole:
+        found.append(problem("micro_tokens", f"expected at most batch_tokens ({whole}), got {micro}"))
+    if raw.get("final") == "best" and raw.get("eval_every") is None:
+        found.append(problem("final", "'best' needs evaluations during the run", "set eval_every"))
+    return found
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, in the order of its fields."""
+    plain = {key: value for key, value in recipe.plain().items() if value not in (None, {}, [])}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+
+
+def parse_scalar(text: str) -> Any:
+    """Read one value as a recipe would, e.g. "1e-4" is 0.0001."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise HoneError(f"'{text}' is not valid YAML: {error}") from error
+    finally:
+        loader.dispose()

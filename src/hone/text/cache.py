@@ -1,0 +1,278 @@
+"""The key-value cache of generation: one copy of each prompt's keys for all its samples, preallocated room for the rest.
+
+A decode step runs all N samples as one flat row of N tokens. Its attention sees, per sample, the shared prompt and the
+sample's own tokens so far, under one softmax:
+
+    softmax([q K_prompt^T, q K_own^T, sinks]) [V_prompt; V_own; 0]
+
+Keys are kept heads first, so that every product is one batched matrix product over views: the queries of a prompt's
+samples (and of the heads that share its keys) are the rows of one matrix. Prompts are aligned at their *end*, so that
+the distance from a query to a column is the same for all rows: a sliding window is then a slice, and the only mask is
+for the padding in front of shorter prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hone.errors import ModelError
+
+FIRST_CAPACITY = 32  # tokens per sample that buffers have room for at first; they double from there
+
+
+class Plan(Protocol):
+    """What attention is handed to: computes one layer's attention for a flat row of tokens."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Return (1, T, H, d) from query (1, H, T, d), key and value (1, Hkv, T, d)."""
+
+
+@dataclass
+class _Layer:
+    """The cache of one attention layer: P columns of prompt, C columns of room per sample, Hkv key heads.
+
+    Args:
+        prompt_key: (Hkv, prompts, P, d) aligned at the end; a layer with a sliding window keeps only what it can reach.
+        prompt_value: (Hkv, prompts, P, dv).
+        key: (Hkv, N, C, d), of which the first `filled` columns hold tokens.
+        value: (Hkv, N, C, dv).
+        prompts: number of prompts stored so far.
+        filled: number of generated tokens stored so far.
+    """
+
+    prompt_key: Tensor
+    prompt_value: Tensor
+    key: Tensor
+    value: Tensor
+    prompts: int = 0
+    filled: int = 0
+
+
+class DecodeCache:
+    """Keys and values of P prompts and of N samples of them, and the attention over both.
+
+    First each part of the prompts goes through the model with the plan that `prefill` returns; then the cache itself is
+    the plan of every decode step.
+    """
+
+    def __init__(self, lengths: Sequence[int], samples: int, limit: int, device: torch.device) -> None:
+        """Make an empty cache; buffers are made when a layer first stores something.
+
+        Args:
+            lengths: number of tokens of each prompt.
+            samples: samples per prompt; row `i * samples + j` is sample j of prompt i.
+            limit: most tokens that a sample will ever feed back.
+            device: where the model runs.
+        """
+        self.lengths = torch.as_tensor(lengths, device=device)
+        self.limit = max(1, limit)
+        self.owner = torch.arange(len(lengths), device=device).repeat_interleave(samples)  # (N,) prompt of each row
+        self.width = max(lengths)
+        self.layers: dict[nn.Module, _Layer] = {}
+        self._arrange()
+
+    def prefill(self, plan: Plan, first: int, starts: Tensor) -> PromptPlan:
+        """Return the plan that runs some prompts as a packed forest and stores their keys.
+
+        Args:
+            plan: attention over the packed forest of these prompts.
+            first: index of the first of them; prompts are stored in order.
+            starts: (m+1,) where each begins in the packed row.
+        """
+        return PromptPlan(self, plan, first, starts)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Store one new token per sample and attend from it to its prompt and to all tokens of the sample.
+
+        Args:
+            module: the attention layer, which names its buffers.
+            query: (1, H, N, d).
+            key: (1, Hkv, N, d).
+            value: (1, Hkv, N, dv).
+            scaling: factor on the scores.
+            dropout: ignored, as the model is in evaluation mode.
+            sliding_window: a query sees itself and the `sliding_window - 1` positions before it; None sees all.
+            softcap: scores become `softcap * tanh(scores / softcap)`.
+            sinks: (H,) one logit per head that takes part in the softmax and carries no value.
+
+        Returns:
+            (1, N, H, dv) attention outputs.
+        """
+        layer = self.layers[module]
+        self._append(layer, key[0], value[0])
+        columns, now = layer.prompt_key.shape[2], layer.filled
+        # Columns of the prompt and own tokens that the window leaves; the nearest column is at distance `now`.
+        near = columns if sliding_window is None else min(columns, max(0, sliding_window - now))
+        begin = 0 if sliding_window is None else max(0, now - sliding_window)
+        heads, rows = key.shape[1], key.shape[2]
+        queries = (query[0] * scaling).unflatten(0, (heads, -1)).transpose(1, 2)  # (Hkv, N, H / Hkv, d)
+
+        shared = self._spread(queries) @ layer.prompt_key[:, :, columns - near :].transpose(-1, -2)
+        own = queries @ layer.key[:, :, begin:now].transpose(-1, -2)
+        if softcap is not None:
+            shared, own = softcap * torch.tanh(shared / softcap), softcap * torch.tanh(own / softcap)
+        if self.padding is not None:
+            shared = shared.masked_fill(self.padding[:, None, self.width - near :], float("-inf"))
+        parts = [self._collect(shared), own]
+        if sinks is not None:
+            parts.append(sinks.to(own).view(heads, 1, -1, 1).expand(-1, rows, -1, -1))
+        wide = torch.promote_types(own.dtype, torch.float32)
+        probs = torch.cat(parts, dim=-1).softmax(dim=-1, dtype=wide).to(value.dtype)
+
+        out = self._collect(self._spread(probs[..., :near]) @ layer.prompt_value[:, :, columns - near :])
+        out = out + probs[..., near : near + now - begin] @ layer.value[:, :, begin:now]
+        return out.permute(1, 0, 2, 3).reshape(1, rows, -1, out.shape[-1])
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every sample but `rows`, every prompt that has none left, and the columns that only those needed.
+
+        Args:
+            rows: (n,) ascending indices of the samples to keep, at least one.
+        """
+        owner = self.owner[rows]
+        prompts, self.owner = torch.unique(owner, return_inverse=True)
+        self.lengths = self.lengths[prompts]
+        width = int(self.lengths.max())
+        for layer in self.layers.values():
+            layer.key, layer.value = layer.key[:, rows], layer.value[:, rows]
+            columns = layer.prompt_key.shape[2]
+            if len(prompts) < layer.prompts:
+                spare = max(0, columns - width)
+                layer.prompt_key = layer.prompt_key[:, prompts, spare:]
+                layer.prompt_value = layer.prompt_value[:, prompts, spare:]
+                layer.prompts = len(prompts)
+        self.width = width
+        self._arrange()
+
+    def store(self, module: nn.Module, key: Tensor, value: Tensor, first: int, index: Tensor) -> None:
+        """Store the keys and values of some prompts.
+
+        Args:
+            module: the attention layer.
+            key: (Hkv, T, d) of the packed prompts.
+            value: (Hkv, T, dv).
+            first: index of the first prompt.
+            index: (m, columns) which token of the packed row stands in each column of the prompts.
+
+        Raises:
+            ModelError: the layer runs twice in one forward pass, so that it would need two caches.
+        """
+        columns, rows = index.shape[1], len(self.owner)
+        layer = self.layers.get(module)
+        if layer is None:
+            heads, capacity = key.shape[0], min(FIRST_CAPACITY, self.limit)
+            layer = self.layers[module] = _Layer(
+                key.new_empty(heads, len(self.lengths), columns, key.shape[-1]),
+                value.new_empty(heads, len(self.lengths), columns, value.shape[-1]),
+                key.new_empty(heads, rows, capacity, key.shape[-1]),
+                value.new_empty(heads, rows, capacity, value.shape[-1]),
+            )
+        if layer.prompts != first:
+            raise ModelError(
+                f"{type(module).__name__} runs more than once in a forward pass (shared layers), which the cache of "
+                "generation cannot hold; load the model with packs=False"
+            )
+        layer.prompt_key[:, first : first + len(index)] = key[:, index]
+        layer.prompt_value[:, first : first + len(index)] = value[:, index]
+        layer.prompts = first + len(index)
+
+    def _append(self, layer: _Layer, key: Tensor, value: Tensor) -> None:
+        """Store (Hkv, N, d) keys and values in the next column, doubling the room when it is full."""
+        if layer.filled == layer.key.shape[2]:
+            room = min(2 * layer.filled, self.limit)
+            for name, old in (("key", layer.key), ("value", layer.value)):
+                new = old.new_empty(*old.shape[:2], room, old.shape[3])
+                new[:, :, : layer.filled] = old
+                setattr(layer, name, new)
+        layer.key[:, :, layer.filled] = key
+        layer.value[:, :, layer.filled] = value
+        layer.filled += 1
+
+    def _arrange(self) -> None:
+        """Work out which cell of the (prompts, most samples of a prompt) grid each row takes, and the padding mask."""
+        counts = torch.bincount(self.owner, minlength=len(self.lengths))
+        self.per_prompt = int(counts.max())
+        rank = torch.arange(len(self.owner), device=counts.device) - (counts.cumsum(0) - counts)[self.owner]
+        full = len(self.owner) == len(counts) * self.per_prompt
+        self.cells = None if full else self.owner * self.per_prompt + rank
+        column = torch.arange(self.width, device=counts.device)
+        padding = column < self.width - self.lengths[:, None]
+        self.padding = padding.repeat_interleave(1, 0) if bool(padding.any()) else None
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        """(Hkv, N, r, k) per sample to (Hkv, prompts, samples * r, k) per prompt; cells without a sample hold zeros."""
+        if self.cells is not None:
+            grid = rows.new_zeros(rows.shape[0], len(self.lengths) * self.per_prompt, *rows.shape[2:])
+            grid[:, self.cells] = rows
+            rows = grid
+        return rows.reshape(rows.shape[0], len(self.lengths), -1, rows.shape[-1])
+
+    def _collect(self, grid: Tensor) -> Tensor:
+        """(Hkv, prompts, samples * r, k) per prompt back to (Hkv, N, r, k) per sample: the inverse of `_spread`."""
+        rows = grid.reshape(grid.shape[0], len(self.lengths) * self.per_prompt, -1, grid.shape[-1])
+        return rows if self.cells is None else rows[:, self.cells]
+
+
+class PromptPlan:
+    """Attention over packed prompts that stores what it sees in a `DecodeCache` on the way."""
+
+    def __init__(self, cache: DecodeCache, plan: Plan, first: int, starts: Tensor) -> None:
+        """Hold the plan that computes, and where its prompts go.
+
+        Args:
+            cache: where the keys are stored.
+            plan: attention over the packed forest of the prompts.
+            first: index in the cache of the first prompt.
+            starts: (m+1,) where each prompt begins in the packed row.
+        """
+        self.cache, self.plan, self.first = cache, plan, first
+        starts = starts.to(cache.lengths.device)
+        columns = torch.arange(-cache.width, 0, device=starts.device)
+        # Padding in front of a shorter prompt repeats its first token: any finite value does, as it is masked.
+        self.index = torch.maximum(starts[1:, None] + columns, starts[:-1, None])  # (m, width)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Store keys and values and return what the wrapped plan computes; the arguments are those of `Plan.attend`."""
+        reach = self.cache.width if sliding_window is None else min(self.cache.width, sliding_window - 1)
+        self.cache.store(module, key[0], value[0], self.first, self.index[:, self.cache.width - reach :])
+        return self.plan.attend(
+            module, query, key, value, scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+        )

@@ -1,0 +1,113 @@
+"""Where a run's language model comes from: a pretrained one, or fresh weights of a given shape."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from hone.data.sample import Sample
+from hone.errors import nearest
+from hone.parts import part
+from hone.text.model import LanguageModel
+
+
+@part("model", "pretrained", papers="original")
+@dataclass(kw_only=True)
+class Pretrained:
+    """Start from a model folder, a Hub name, or a finished run's `model` folder.
+
+    A folder with a low-rank adapter is loaded with its base and merged, so that training goes on from the whole model.
+
+    Args:
+        path: "base" (the shipped model), a folder in Hugging Face or PEFT format, or a Hub name "owner/name".
+        template: chat template: "chatml", a path of a .jinja file, or None for the tokenizer's own.
+    """
+
+    path: str
+    template: str | None = None
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the path, without loading anything."""
+        path = Path(self.path).expanduser()
+        if self.path == "base" or path.is_dir():
+            return
+        local = self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
+        if local or path.parent.is_dir():
+            near = nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir())) if path.parent.is_dir() else ""
+            hint = f"; {near}" if near else ""
+            yield "path", f"there is no model folder '{self.path}'; expected 'base', a folder, or a Hub name{hint}"
+
+    def load(self, *, device: torch.device | str, dtype: torch.dtype, data: Any) -> LanguageModel:
+        """Load the model with its tokenizer.
+
+        Args:
+            device: where it computes.
+            dtype: of its weights.
+            data: unused; a pretrained model brings its own tokenizer.
+        """
+        return LanguageModel.load(self.path, device=device, dtype=dtype, template=self.template)
+
+
+@part("model", "fresh", papers="original")
+@dataclass(kw_only=True)
+class Fresh:
+    """Start from random weights: pretraining.
+
+    Args:
+        config: configuration in the words of transformers, e.g. {model_type: llama, hidden_size: 192, ...}; the vocabulary
+            size and the special tokens follow from the tokenizer.
+        tokenizer: folder or Hub name of a tokenizer; None trains one on the run's data.
+        vocabulary: size of a tokenizer that is trained, in tokens.
+        tokenizer_samples: samples that a tokenizer is trained on.
+        template: chat template, as in `pretrained`.
+    """
+
+    config: dict[str, Any]
+    tokenizer: str | None = None
+    vocabulary: Annotated[int, Field(ge=300)] = 2048
+    tokenizer_samples: Annotated[int, Field(gt=0)] = 20_000
+    template: str | None = None
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the configuration."""
+        from transformers import CONFIG_MAPPING
+
+        kind = self.config.get("model_type")
+        if kind not in CONFIG_MAPPING:
+            yield "config.model_type", f"expected a model type of transformers such as llama, got {kind!r}" + (
+                f"; {near}" if (near := nearest(str(kind), CONFIG_MAPPING.keys())) else ""
+            )
+
+    def load(self, *, device: torch.device | str, dtype: torch.dtype, data: Any) -> LanguageModel:
+        """Build the model, after training a tokenizer on the data where none is named.
+
+        Args:
+            device: where it computes.
+            dtype: of its weights.
+            data: the run's data source.
+        """
+        from hone.text.tokenizer import load_tokenizer, train_tokenizer
+
+        if self.tokenizer is not None:
+            tokenizer = load_tokenizer(self.tokenizer)
+        else:
+            samples = itertools.islice(data.samples("train"), self.tokenizer_samples)
+            tokenizer = train_tokenizer(_texts(samples), self.vocabulary)
+        model = LanguageModel.fresh(self.config, tokenizer, template=self.template)
+        return model.to(device=device, dtype=dtype)
+
+
+def _texts(samples: Iterable[Sample]) -> Iterator[str]:
+    """Yield every text of the samples."""
+    for sample in samples:
+        for piece in (sample.prompt, *sample.answers):
+            if isinstance(piece, str):
+                yield piece
+            else:
+                yield from (message.content for message in piece)
