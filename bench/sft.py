@@ -2,9 +2,9 @@
 
     python bench/sft.py [--rounds 3] [--steps 8] [--adapter full|lora] [--out FILE]
 
-Model: a 6-layer Llama, width 384, vocabulary 8192, 16.9M parameters, float32. Data: the same synthetic documents for all
-sides, in steps of about 4,096 tokens. Sides: `trl` (SFTTrainer, packing), `hone`, and `gemm` (the bare matrix products of
-one step, forward and backward: the physical limit of the machine).
+Model: a 6-layer Llama, width 384, vocabulary 8192, 16.9M parameters, float32. Data: the same synthetic documents for
+all sides, in steps of about 4,096 tokens. Sides: `trl` (SFTTrainer, packing), `hone`, and `gemm` (the bare matrix
+products of one step, forward and backward: the physical limit of the machine).
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def hone_side(steps: int, adapter: str) -> dict[str, float]:
     """Train with hone's own loop on the same documents."""
     import numpy as np
     import torch
+    from hone.text.model import LanguageModel
     from transformers import LlamaForCausalLM
 
     from hone import options
@@ -117,7 +118,6 @@ def hone_side(steps: int, adapter: str) -> dict[str, float]:
     from hone.engine.devices import Cluster
     from hone.engine.loop import Player, Run, Trainer
     from hone.recipe import Recipe
-    from hone.text.model import LanguageModel
     from hone.text.pack import Tree
 
     torch.manual_seed(0)
@@ -152,7 +152,8 @@ def gemm_side(steps: int, adapter: str) -> dict[str, float]:
     shapes = LAYERS * [(WIDTH, WIDTH)] * 4 + LAYERS * [(WIDTH, INNER)] * 3 + [(WIDTH, VOCABULARY)]
     made = []
     for width, out in dict.fromkeys(shapes):
-        made.append((shapes.count((width, out)), torch.randn(tokens, width), torch.randn(out, width), torch.randn(tokens, out)))
+        tensors = torch.randn(tokens, width), torch.randn(out, width), torch.randn(tokens, out)
+        made.append((shapes.count((width, out)), *tensors))
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -192,13 +193,14 @@ def main() -> None:
         return
     from side_by_side import alternate, machine
 
-    found = alternate(Path(__file__), ["trl", "hone", "gemm"], args.rounds, ["--steps", str(args.steps), "--adapter", args.adapter])
+    arguments = ["--steps", str(args.steps), "--adapter", args.adapter]
+    found = alternate(Path(__file__), ["trl", "hone", "gemm"], args.rounds, arguments)
     trl, hone, gemm = found["trl"], found["hone"], found["gemm"]
     report = {
         "machine": machine(), "adapter": args.adapter, **found,
         "speed_ratio": hone["tokens_per_second"] / trl["tokens_per_second"],
         "memory_ratio": hone["peak_mib"] / trl["peak_mib"],
-        "matrix_product_share": gemm["tokens_per_second"] and hone["tokens_per_second"] / gemm["tokens_per_second"],
+        "matrix_product_share": hone["tokens_per_second"] / gemm["tokens_per_second"],
     }  # fmt: skip
     print(json.dumps(report, indent=1))
     if args.out:

@@ -49,7 +49,8 @@ class Entry:
             return self.body.rstrip("\n")
         lines = [f"{self.kind} {self.name}", "", self.body.strip(), ""]
         lines += [f"paper: {title} ({paper})" for title, paper in self.papers]
-        lines += [f"{label}: {text}" for label, text in (("claim", self.claim), ("deviations", self.deviations)) if text]
+        about = (("claim", self.claim), ("deviations", self.deviations))
+        lines += [f"{label}: {text}" for label, text in about if text]
         lines += ["options:"] if self.options else []
         lines += [f"  {o.name}: {o.type}" + (f" = {o.default}" if o.default else "  (required)") for o in self.options]
         field = {"callback": "callbacks", "metric": "metrics"}.get(self.kind, self.kind)
@@ -97,5 +98,5 @@ def _of_recipe(name: str) -> Entry:
     about = read_yaml(path)[0].get("about") or {}
     papers = about.get("papers") or []
     pairs = tuple((title, paper) for title, paper in papers) if isinstance(papers, list) else ()
-    text = path.read_text(encoding="utf-8")
-    return Entry("recipe", name, about.get("text", ""), pairs, about.get("claim", ""), about.get("deviations", ""), (), text)
+    text, claim, deviations = (about.get(key, "") for key in ("text", "claim", "deviations"))
+    return Entry("recipe", name, text, pairs, claim, deviations, (), path.read_text(encoding="utf-8"))

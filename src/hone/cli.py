@@ -72,7 +72,7 @@ def check(
     overrides: Set = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Rehearse a run: show samples with what is trained coloured, run the longest batch, save, reload; print the cost."""
+    """Rehearse a run: show what is trained, run the longest batch, save, reload; print memory and time."""
     from hone.recipe import Recipe
 
     checked = Recipe.load(recipe, overrides)
@@ -115,7 +115,7 @@ def show(name: Annotated[str, typer.Argument(help="A part or a recipe.")], as_js
 @app.command()
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder or a model folder.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to answer; may be given several times.")] = [],  # noqa: B006
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Text to answer; may be repeated.")] = [],  # noqa: B006
     samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most probable token.")] = 0.0,
@@ -159,7 +159,8 @@ def export(
     from hone.engine.use import export_run
 
     made = export_run(run, to, out)
-    print(json.dumps(made) if as_json else f"{made['path']}\nlargest difference of a logit after reloading: {made['error']:.1e}")
+    shown = f"{made['path']}\nlargest difference of a logit after reloading: {made['error']:.1e}"
+    print(json.dumps(made) if as_json else shown)
 
 
 if __name__ == "__main__":

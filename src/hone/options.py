@@ -161,8 +161,8 @@ def _shorthand(kind: str, text: str) -> tuple[str, dict[str, Any]]:
         return text, {}
     if kind == "model":
         return "pretrained", {"path": text}
-    looks_local = any(mark in text for mark in "*?\\") or text.startswith((".", "/", "~")) or "." in text.rsplit("/")[-1]
-    if looks_local or _exists(text):
+    glob = any(mark in text for mark in "*?\\")
+    if glob or text.startswith((".", "/", "~")) or "." in text.rsplit("/")[-1] or _exists(text):
         return "files", {"path": text}
     return ("hub", {"path": text}) if text.count("/") == 1 else (text, {})
 
@@ -209,7 +209,8 @@ def build_part(kind: str, spec: Any) -> Any:
         if nested is None:
             built[key] = value
         else:
-            built[key] = [build_part(nested, v) for v in value] if isinstance(value, list) else build_part(nested, value)
+            several = isinstance(value, list)
+            built[key] = [build_part(nested, v) for v in value] if several else build_part(nested, value)
     if ":" in name:
         own = {key: value for key, value in built.items() if key in known}
         rest = {key: value for key, value in built.items() if key not in known}

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from hone.errors import HoneError, nearest
 
 KINDS = (
-    "data", "adapter", "objective", "optimizer", "schedule", "callback", "sampler", "metric", "reward", "merger", "model",
+    "model", "data", "adapter", "objective", "optimizer", "schedule", "callback", "sampler", "metric", "reward",
+    "merger",
 )  # fmt: skip
 ROOT = Path(__file__).parent
 T = TypeVar("T", bound=type)

@@ -1,7 +1,7 @@
 """The recipe: one YAML file that names the parts of a run.
 
-`Recipe.load("quickstart", ["adapter.rank=16"])` reads a shipped recipe by name or a file by path, applies the overrides,
-checks every field and every option of every part, and raises one `RecipeError` with all problems at once.
+`Recipe.load("quickstart", ["adapter.rank=16"])` reads a shipped recipe by name or a file by path, applies the
+overrides, checks every field and every option of every part, and raises one `RecipeError` with all problems at once.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Recipe:
         final: whether the run's `model/` is the last or the best evaluated state.
         precision: arithmetic; "auto" is bf16 autocast where the GPU has it, float32 elsewhere.
         device: where to train; "auto" takes CUDA, then MPS, then the CPU.
+        sharding: "full" shares weights, gradients and optimizer state among processes (FSDP); "auto" does so under
+            `accelerate launch --use_fsdp`.
         recompute: recompute each layer's activations in the backward pass to save memory.
         trackers: trackers of Accelerate to log to beside metrics.jsonl, e.g. tensorboard.
         seed: seeds initialisation, data order and sampling.
@@ -89,6 +91,7 @@ class Recipe:
     final: Literal["last", "best"] = "last"
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    sharding: Literal["auto", "none", "full"] = "auto"
     recompute: bool = False
     trackers: list[str] = field(default_factory=list)
     seed: Annotated[int, Field(ge=0)] = 0
@@ -143,7 +146,7 @@ class Recipe:
         return None if value is None else opt.build_part(PART_FIELDS[part_field], value)
 
     def plain(self) -> dict[str, Any]:
-        """Return the recipe as a plain mapping, fields at their defaults included; `Recipe.of(**plain)` gives it back."""
+        """Return the recipe as a plain mapping, defaults included; `Recipe.of(**plain)` gives it back."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def staged(self) -> list[Recipe]:
@@ -270,7 +273,8 @@ def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem 
     for depth, key in enumerate(keys[:-1]):
         slot: Any = int(key) if isinstance(target, list) and key.isdigit() else key
         if isinstance(target, list) and (not isinstance(slot, int) or slot >= len(target)):
-            return Problem(path, f"'{'.'.join(keys[:depth])}' has {len(target)} items; '{key}' is none of them", "--set")
+            said = f"'{'.'.join(keys[:depth])}' has {len(target)} items; '{key}' is none of them"
+            return Problem(path, said, "--set")
         if not isinstance(target, list) and (slot not in target or target[slot] is None):
             target[slot] = _start(key) if depth == 0 else {}
         if isinstance(target[slot], str):
@@ -341,7 +345,8 @@ def _combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Prob
     if steps is None and epochs is None and not staged:
         found.append(problem("steps", "is required and was not given", "or give 'epochs'"))
     if raw.get("data") is None and not staged:
-        found.append(problem("data", "is required and was not given", "a path, a Hub name, or a built-in such as chains"))
+        hint = "a path, a Hub name, or a built-in such as chains"
+        found.append(problem("data", "is required and was not given", hint))
     whole, micro = raw.get("batch_tokens", 4096), raw.get("micro_tokens")
     if isinstance(micro, int) and isinstance(whole, int) and micro > whole:
         found.append(problem("micro_tokens", f"expected at most batch_tokens ({whole}), got {micro}"))

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
-from hone.data.sample import Sample
+from hone.data.source import Overlong
 from hone.errors import DataError
 from hone.text.pack import Tree
-
-How = Literal["truncate", "drop", "split"]
 
 _NUMBERS = ("samples", "kept", "truncated", "split", "dropped", "nothing_trained", "masked", "tokens", "trained_tokens")
 _MISHAPS = {
@@ -93,8 +90,8 @@ class Counts:
         reasons = []
         if self.masked:
             reasons.append(
-                f"{self.masked:,} have no trained token, whatever the window: a conversation needs an assistant turn and a "
-                "completion needs an answer; see what is trained with: hone check RECIPE"
+                f"{self.masked:,} have no trained token, whatever the window: a conversation needs an assistant turn "
+                "and a completion needs an answer; see what is trained with: hone check RECIPE"
             )
         if cut := self.nothing_trained - self.masked:
             reasons.append(
@@ -103,8 +100,8 @@ class Counts:
             )
         if self.dropped:
             reasons.append(
-                f"{self.dropped:,} are longer than max_tokens={max_tokens} and are dropped; raise max_tokens of the data"
-                " or set its overlong to 'truncate'"
+                f"{self.dropped:,} are longer than max_tokens={max_tokens} and are dropped; raise max_tokens of the "
+                "data or set its overlong to 'truncate'"
             )
         places = [place for name in ("nothing_trained", "dropped") for place in self.examples.get(name, ())]
         raise DataError(
@@ -131,7 +128,7 @@ def longest_chain(tree: Tree) -> int:
     return max(ends)
 
 
-def fit(tree: Tree, max_tokens: int, how: How) -> list[Tree]:
+def fit(tree: Tree, max_tokens: int, how: Overlong) -> list[Tree]:
     """Make a tree fit a window.
 
     Chains are cut at the right, so an answer is cut before its prompt is. A tree with several segments cannot be split,
@@ -140,8 +137,8 @@ def fit(tree: Tree, max_tokens: int, how: How) -> list[Tree]:
     Args:
         tree: one rendered sample.
         max_tokens: length of the window, the most tokens from a root to a leaf.
-        how: "truncate" cuts every chain at the window; "drop" leaves the tree out; "split" divides a single segment into
-            consecutive windows, in which every token is trained as before except the first of each window.
+        how: "truncate" cuts every chain at the window; "drop" leaves the tree out; "split" divides a single segment
+            into consecutive windows, in which every token is trained as before except the first of each window.
 
     Returns:
         The tree itself when it fits. Else what is left of it, without pieces in which nothing is trained: none when the
@@ -168,7 +165,9 @@ def _windows(tree: Tree, size: int) -> list[Tree]:
 def _truncate(tree: Tree, size: int) -> Tree:
     ends: list[int] = []
     kept: dict[int, int] = {}  # index of a segment before -> after
-    tokens, weights, parents = [], [], []
+    tokens: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    parents: list[int] = []
     for index, (segment, weight, parent) in enumerate(zip(tree.tokens, tree.weights, tree.parents, strict=True)):
         begin = ends[parent] if parent >= 0 else 0
         ends.append(begin + len(segment))
@@ -189,22 +188,21 @@ def _no_contrast(tree: Tree) -> bool:
 
 
 def fit_sample(
-    sample: Sample, trees: Sequence[Tree], max_tokens: int, overlong: How | None, *, trains: bool = True
+    trees: Sequence[Tree], max_tokens: int, how: Overlong, *, where: str = "", trains: bool = True
 ) -> tuple[list[Tree], Counts]:
     """Make the trees of one sample fit a window, and count what became of it.
 
     Args:
-        sample: the sample.
-        trees: what it was rendered to.
+        trees: what the sample was rendered to.
         max_tokens: length of the window in tokens.
-        overlong: what to do with what is too long; None splits plain text and truncates everything else.
+        how: what to do with what is too long, see `fit`.
+        where: place of the sample, for the counts' examples.
         trains: whether a tree without a trained token is useless; False keeps prompts, of which none is trained, but
             drops those that are too long, since a cut prompt asks something else.
 
     Returns:
         The trees to use, and the counts of this one sample.
     """
-    how: How = overlong or ("split" if sample.kind == "text" else "truncate")
     kept: list[Tree] = []
     fates: set[str] = set()
     for tree in trees:
@@ -214,10 +212,10 @@ def fit_sample(
         fitted = fit(tree, max_tokens, how)
         kept.extend(fitted)
         fates.add(_fate(tree, fitted, how))
-    return kept, _count(sample.where, kept, fates)
+    return kept, _count(where, kept, fates)
 
 
-def _fate(tree: Tree, fitted: list[Tree], how: How) -> str:
+def _fate(tree: Tree, fitted: list[Tree], how: Overlong) -> str:
     if not fitted:
         return "dropped" if how == "drop" or not trained_tokens(tree) else "nothing_trained"
     if fitted[0] is tree:
@@ -236,7 +234,7 @@ def _count(where: str, kept: list[Tree], fates: set[str]) -> Counts:
         kept=int(bool(kept)),
         masked=int(not kept and fates <= {"masked"}),
         tokens=sum(len(tree) for tree in kept),
-        trained_tokens=int(np.sum([trained_tokens(tree) for tree in kept], dtype=np.int64)),
+        trained_tokens=sum(trained_tokens(tree) for tree in kept),
     )
     if mishap:
         setattr(counts, mishap, 1)

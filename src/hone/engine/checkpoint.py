@@ -42,7 +42,8 @@ def encode(state: Any, tensors: dict[str, Tensor], at: str = "state") -> Any:
     """
     if isinstance(state, (Tensor, np.ndarray)):
         kind = "tensor" if isinstance(state, Tensor) else "array"
-        tensors[at] = (state.detach() if isinstance(state, Tensor) else torch.from_numpy(state)).cpu().clone().contiguous()
+        tensor = state.detach() if isinstance(state, Tensor) else torch.from_numpy(state)
+        tensors[at] = tensor.cpu().clone().contiguous()
         return {"$": kind, "at": at}
     if isinstance(state, dict):
         items = [[key, encode(value, tensors, f"{at}.{key}")] for key, value in state.items()]

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from hone.errors import HoneError
 
@@ -23,12 +23,13 @@ from hone.errors import HoneError
 class Cluster:
     """The processes of one run and the device of this one."""
 
-    def __init__(self, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(self, device: str = "auto", precision: str = "auto", sharding: str = "auto") -> None:
         """Join the process group if a launcher started several processes, and pick device and arithmetic.
 
         Args:
             device: "auto", "cpu", "cuda" or "mps".
             precision: "auto", "float32", "bf16" or "float64".
+            sharding: "none", "full" (FSDP), or "auto", which follows `accelerate launch --use_fsdp`.
 
         Raises:
             HoneError: the device, or bf16 on it, is not there.
@@ -44,6 +45,8 @@ class Cluster:
         else:
             self.device = torch.device(chosen)
         self.precision = _precision(precision, self.device)
+        asked = sharding == "full" or (sharding == "auto" and os.environ.get("ACCELERATE_USE_FSDP") == "true")
+        self.sharded = asked and self.world > 1
         self.dtype = torch.float64 if self.precision == "float64" else torch.float32
 
     @property
@@ -67,7 +70,7 @@ class Cluster:
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all processes, in one flat message per dtype; a missing gradient counts as zero."""
-        if self.world == 1:
+        if self.world == 1 or self.sharded:  # FSDP sums them in the backward pass
             return
         groups: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in parameters:
@@ -84,12 +87,6 @@ class Cluster:
         if self.world > 1:
             dist.barrier()
 
-    def share(self, value: Tensor) -> Tensor:
-        """Return the main process's value on every process."""
-        if self.world > 1:
-            dist.broadcast(value, src=0)
-        return value
-
     def peak_memory(self) -> int:
         """Return the most bytes held so far: allocated on a GPU, resident in this process otherwise."""
         if self.device.type == "cuda":
@@ -101,7 +98,8 @@ class Cluster:
         """Return the device in words."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        several = f", {self.world} processes" if self.world > 1 else ""
+        how = ", each with a share of the weights" if self.sharded else ""
+        several = f", {self.world} processes{how}" if self.world > 1 else ""
         return f"{name}{threads}, {self.precision}{several}"
 
 

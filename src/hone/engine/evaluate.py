@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hone.data.sample import Message, Sample
+from hone.engine.loop import idle
 from hone.text.generate import generate
 from hone.text.pack import Tree, divide, pack
 
@@ -53,6 +54,8 @@ def mean_loss(model: Any, objective: Any, trees: Sequence[Tree], limit: int, clu
     model.eval()
     total = count = 0.0
     for part in divide([trees[i] for i in range(len(trees))], limit, cluster.world)[cluster.rank :: cluster.world]:
+        if cluster.sharded and not part:
+            part = [idle(trees[0])]
         if part:
             batch = pack(part).to(cluster.device)
             with cluster.autocast():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hone.errors import NumericError
 
@@ -34,18 +35,21 @@ def clip(parameters: Sequence[nn.Parameter], most: float | None, step: int, wher
         NumericError: the norm is not finite; the gradients are left unscaled and the weights untouched.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+    total = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
         bad = next((i for i, g in enumerate(gradients) if not bool(torch.isfinite(g).all())), 0)
-        raise NumericError(_message(f"the gradient norm is {norm} (first in tensor {bad} of {len(gradients)})", step, where))
+        what = f"the gradient norm is {norm} (first in tensor {bad} of {len(gradients)})"
+        raise NumericError(_message(what, step, where))
     if most is not None and norm > most:
         torch._foreach_mul_(gradients, most / (norm + 1e-6))
     return norm
 
 
 def _message(what: str, step: int, where: Sequence[str]) -> str:
-    shown = ", ".join(list(dict.fromkeys(where))[:5]) + (f" and {len(where) - 5} more" if len(where) > 5 else "")
+    names = list(dict.fromkeys(where))
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
-        f"step {step}: {what}. The batch was: {shown or 'unknown'}. The weights were not touched and the last good state "
-        "is saved. Try a smaller optimizer.lr, a longer schedule.warmup or a smaller clip, or look at those samples."
+        f"step {step}: {what}. The batch was: {shown or 'unknown'}. The weights were not touched and the last good "
+        "state is saved. Try a smaller optimizer.lr, a longer schedule.warmup or a smaller clip, or look at those samples."
     )

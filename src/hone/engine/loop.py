@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
-from hone.engine import guard
+from hone.engine import guard, sharding
 from hone.engine.devices import Cluster, seed_all
 from hone.errors import HoneError
 from hone.text.pack import Packed, Tree, divide, pack
@@ -87,7 +88,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on. Random numbers are a function of the step."""
-        return {
+        state = {
             "step": self.step,
             "tokens": self.tokens,
             "best": None if self.best is None else list(self.best),
@@ -99,6 +100,7 @@ class Run:
             "loader": self.loader.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
+        return sharding.whole(state) if self.cluster.sharded else state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Invert `state`.
@@ -110,7 +112,10 @@ class Run:
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         for name, player in self.players.items():
             load_tensors(dict(player.params), state["players"][name]["weights"], f"player '{name}'")
-            player.optimizer.load_state_dict(state["players"][name]["optimizer"])
+            saved = state["players"][name]["optimizer"]
+            if self.cluster.sharded:
+                saved = sharding.share_like(saved, [p for g in player.optimizer.param_groups for p in g["params"]])
+            player.optimizer.load_state_dict(saved)
         load_tensors(dict(_persistent_buffers(self.model)), state["buffers"], "buffers")
         self.loader.load_state_dict(state["loader"])
         for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
@@ -132,7 +137,12 @@ def load_tensors(into: dict[str, Any], saved: dict[str, Any], what: str) -> None
     if wrong:
         raise HoneError(f"the checkpoint does not fit this run's {what}: {', '.join(wrong[:5])}")
     for name, tensor in into.items():
-        tensor.data.copy_(saved[name])
+        sharding.copy_into(tensor.data, saved[name])
+
+
+def idle(tree: Tree) -> Tree:
+    """Return a tree on which nothing is trained, for a process that has no other work."""
+    return replace(tree, weights=tuple(np.zeros_like(weight) for weight in tree.weights))
 
 
 class Trainer:
@@ -162,6 +172,8 @@ class Trainer:
         began = time.perf_counter()
         seed_all(run.recipe.seed, run.step + 1, cluster.rank)
         shares = divide(trees, self.limit, cluster.world)[cluster.rank :: cluster.world]
+        if cluster.sharded:  # every process must make the same number of forward passes
+            shares = [share or [idle(trees[0])] for share in shares]
         batches = [pack(share).to(cluster.device) for share in shares if share]
         units = cluster.sum(sum(float(run.objective.count(batch)) for batch in batches))
         if units <= 0:

@@ -62,23 +62,24 @@ class Rehearsal:
         """Return the figures for people."""
         return "\n".join([
             f"longest batch: {self.longest_tokens:,} tokens, forward, backward, optimizer step: done",
-            f"checkpoint:    {self.checkpoint_bytes / 2**20:,.1f} MiB, saved and reloaded in {self.checkpoint_seconds:.1f} s",
+            f"checkpoint:    {self.checkpoint_bytes / 2**20:,.1f} MiB, saved and reloaded "
+            f"in {self.checkpoint_seconds:.1f} s",
             f"peak memory:   {self.peak_memory / 2**20:,.0f} MiB",
-            f"time:          {self.steps} steps of {self.step_seconds:.2f} s, evaluations of {self.evaluation_seconds:.1f} s: "
-            f"about {clock(self.eta_seconds)}",
+            f"time:          {self.steps} steps of {self.step_seconds:.2f} s, "
+            f"evaluations of {self.evaluation_seconds:.1f} s: about {clock(self.eta_seconds)}",
             "nothing was kept; start it with: hone run RECIPE",
         ])  # fmt: skip
 
 
 def preflight(recipe: Recipe, display: Display) -> Rehearsal:
-    """Render, train the longest batch, save, reload and evaluate in a scratch folder; of a staged recipe, the first stage.
+    """Render, train the longest batch, save, reload and evaluate in a scratch folder.
 
     Args:
-        recipe: a checked recipe.
+        recipe: a checked recipe; of a staged one, the first stage is rehearsed.
         display: shows three samples, what is trained in colour.
     """
     recipe = recipe.staged()[0]
-    cluster = Cluster(recipe.device, recipe.precision)
+    cluster = Cluster(recipe.device, recipe.precision, recipe.sharding)
     bench = assemble(recipe, cluster, display)
     shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)]
     for number, pieces in enumerate(shown, 1):

@@ -56,8 +56,9 @@ class Display:
         self._last = self._began
         if self.live:
             self._progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True,
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+                transient=True,
             )  # fmt: skip
             self._task = self._progress.add_task(label, total=total, completed=done, note="")
             self._progress.start()

@@ -13,8 +13,8 @@ from typing import Any
 
 from hone.data.open import Opened, open_data
 from hone.data.sample import Sample
-from hone.engine import evaluate
-from hone.engine.checkpoint import Checkpoints, staged
+from hone.engine import evaluate, sharding
+from hone.engine.checkpoint import Checkpoints, read_state, staged
 from hone.engine.devices import Cluster, seed_all
 from hone.engine.folder import RunFolder
 from hone.engine.loop import Player, Run, Trainer, load_tensors
@@ -102,6 +102,8 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     adapter = recipe.build("adapter")
     adapter.attach(model.hf, data.calibration(recipe.batch_tokens, recipe.seed))
     model.to(device=cluster.device)
+    if cluster.sharded:
+        sharding.shard(model, cluster)
     loader = data.loader(recipe.batch_tokens, recipe.seed, recipe.epochs)
     total = recipe.steps if recipe.steps is not None else loader.total_steps(recipe.epochs)
     run = Run(recipe, cluster, model, objective, loader, total, callbacks=recipe.build("callbacks"))
@@ -162,10 +164,11 @@ class Stage:
         self.evaluations: list[dict[str, Any]] = []
         self.trackers = Trackers(self.run.recipe.trackers, folder.path, self.run.cluster.main)
         self.seconds = 0.0
+        self.saved = -1
 
     def train(self) -> dict[str, Any]:
         """Train to the end, or to a stop; return the result."""
-        run, recipe, main = self.run, self.run.recipe, self.run.cluster.main
+        run = self.run
         began = time.perf_counter()
         if run.step == 0:
             self._evaluate()
@@ -179,21 +182,26 @@ class Stage:
                 self._step()
         self.display.stop()
         interrupted = run.stop.startswith("interrupted")
+        self._checkpoint()
         if not interrupted:
-            if recipe.final == "best" and run.best is not None and run.best[1] != run.step:
-                self._take_best()
-            for callback in run.callbacks:
-                callback.on_end(run)
-            if not self.evaluations or self.evaluations[-1]["step"] != run.step or run.callbacks:
-                self._evaluate()
-        if main:
-            self._checkpoint()
-            if not interrupted:
-                self.bench.save(self.folder.path / "model")
+            self._finish()
         run.cluster.barrier()
         self.trackers.close()
         self.seconds += time.perf_counter() - began
         return self._result(interrupted)
+
+    def _finish(self) -> None:
+        """Choose the final weights, evaluate them and save the model."""
+        run = self.run
+        if run.recipe.final == "best" and run.best is not None and run.best[1] != run.step:
+            self._take_best()
+        for callback in run.callbacks:
+            callback.on_end(run)
+        self._evaluate()
+        if run.cluster.sharded:
+            sharding.gather(run.model)
+        if run.cluster.main:
+            self.bench.save(self.folder.path / "model")
 
     def _step(self) -> None:
         run, recipe = self.run, self.run.recipe
@@ -206,8 +214,7 @@ class Stage:
             row = self.trainer.train_step(trees)
         except NumericError:
             run.loader.load_state_dict(position)  # the state before the step: the optimizer has not moved
-            if run.cluster.main:
-                self._checkpoint()
+            self._checkpoint()
             raise
         for callback in run.callbacks:
             callback.on_step(run, row)
@@ -218,7 +225,7 @@ class Stage:
         self.display.update(run.step, f"loss {row.get('loss', float('nan')):.3f}  {speed:,.0f} tokens/s")
         if recipe.eval_every and run.step % recipe.eval_every == 0 and run.step < run.total:
             self._evaluate()
-        if recipe.checkpoint_every and run.step % recipe.checkpoint_every == 0 and run.cluster.main:
+        if recipe.checkpoint_every and run.step % recipe.checkpoint_every == 0:
             self._checkpoint()
 
     def _evaluate(self) -> None:
@@ -238,24 +245,24 @@ class Stage:
         value = -found.scores["accuracy"] if "accuracy" in found.scores else found.loss
         if value is not None and run.step > 0 and (run.best is None or value < run.best[0]):
             run.best = (float(value), run.step)
-            if run.recipe.final == "best" and run.cluster.main:
+            if run.recipe.final == "best":
                 self._checkpoint()
 
     def _checkpoint(self) -> None:
+        """Save the state of this step, unless it is saved already; all processes call it together."""
         run = self.run
-        if run.step not in self.checkpoints.steps():
-            best = run.best[1] if run.best else None
-            self.checkpoints.save(run.step, run.state(), best)
+        if self.saved == run.step:
+            return
+        self.saved = run.step
+        state = run.state()
+        if run.cluster.main:
+            self.checkpoints.save(run.step, state, run.best[1] if run.best else None)
 
     def _take_best(self) -> None:
         """Go back to the weights of the best evaluation, for the model that is saved."""
-        from hone.engine.checkpoint import read_state
-
         run = self.run
         if run.best is None:
             return
-        if run.cluster.main:
-            self._checkpoint()
         run.cluster.barrier()
         state = read_state(self.checkpoints.path(run.best[1]))
         for name, player in run.players.items():
@@ -292,7 +299,7 @@ def run(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     Raises:
         HoneError: data, model or arithmetic went wrong; the message says where and what to do.
     """
-    cluster = Cluster(recipe.device, recipe.precision)
+    cluster = Cluster(recipe.device, recipe.precision, recipe.sharding)
     folder = RunFolder.create(recipe.out, recipe.name) if cluster.main else RunFolder(Path(recipe.out or "."))
     if cluster.main:
         folder.write("recipe.yaml", dump(recipe))
@@ -316,7 +323,7 @@ def resume(path: str | Path, display: Display | None = None) -> dict[str, Any]:
         display.say(f"{folder.path} is finished already")
         return result
     recipe = Recipe.load(folder.path / "recipe.yaml")
-    return _go(recipe, folder, Cluster(recipe.device, recipe.precision), display)
+    return _go(recipe, folder, Cluster(recipe.device, recipe.precision, recipe.sharding), display)
 
 
 def _go(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -> dict[str, Any]:
@@ -359,11 +366,14 @@ def _stage(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display
         for trouble in skipped:
             display.say(f"note: {trouble}; using step {step}", style="yellow")
         bench.run.restore(state)
-        folder.rewind(step)
+        stage.saved = step
+        if cluster.main:
+            folder.rewind(step)
         display.say(f"going on from step {step} of {bench.run.total}")
     elif cluster.main:
         folder.rewind(-1)
-        data = {"train": bench.data.record(), "eval": bench.eval_data.record()}
+        opened = {"train": bench.data, "eval": bench.eval_data}
+        data = {split: {"text": data.describe(), **data.record()} for split, data in opened.items()}
         folder.write("manifest.json", manifest(recipe, cluster.describe(), data, model))
     return stage.train()
 

@@ -15,9 +15,10 @@ from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
 from hone.engine.progress import Display
 from hone.engine.run import require_finished
-from hone.errors import HoneError, nearest
+from hone.errors import HoneError
 from hone.recipe import Recipe
-from hone.samplers.text import Greedy, Sample as Sampling
+from hone.samplers.text import Greedy
+from hone.samplers.text import Sample as Sampling
 from hone.text.generate import generate
 from hone.text.model import LanguageModel
 
@@ -54,7 +55,8 @@ def sample_run(
         asked = [Sample(kind="prompt", prompt=text, where="--prompt") for text in prompts]
     elif recipe is not None:
         source = recipe.build("data" if recipe.eval_data is None else "eval_data")
-        asked = [s for s in open_data(source, model.renderer, consumes="any", split="eval").samples if s.kind != "text"][:3]
+        held_out = open_data(source, model.renderer, consumes="any", split="eval").samples
+        asked = [s for s in held_out if s.kind != "text"][:3]
     else:
         raise HoneError("give a prompt: hone sample FOLDER --prompt 'some text'")
     sampler = Sampling(temperature=temperature) if temperature > 0 else Greedy()
@@ -111,7 +113,7 @@ def export_run(path: Path, to: str, out: Path | None) -> dict[str, Any]:
     folder = RunFolder.open(path)
     require_finished(folder)
     if to not in ("hf", "peft"):
-        raise HoneError(f"--to: expected hf or peft, got '{to}' ({nearest(to, ('hf', 'peft')) or 'see hone export --help'})")
+        raise HoneError(f"--to: expected hf or peft, got '{to}'")
     made, adapted = folder.path / "model", (folder.path / "model" / "adapter_config.json").is_file()
     if to == "peft" and not adapted:
         raise HoneError(f"{folder.path} trained whole weights: there is no adapter to export; use --to hf")

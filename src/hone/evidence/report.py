@@ -29,8 +29,8 @@ def write_report(path: Path) -> Path:
     """
     folder = RunFolder.open(path)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     page = environment.get_template("report.html").render(
         **contents(folder), plotly=get_plotlyjs(), recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8")
@@ -69,7 +69,8 @@ def _tiles(result: dict[str, Any], manifest: dict[str, Any], rows: Sequence[dict
     seconds = sum(row["seconds"] for row in rows)
     if rows and seconds > 0:
         speed = sum(row["tokens"] for row in rows) / seconds
-        tiles.append({"label": "training time", "value": clock(seconds), "note": f"{speed:,.0f} tokens/s, {len(rows)} steps"})
+        note = f"{speed:,.0f} tokens/s, {len(rows)} steps"
+        tiles.append({"label": "training time", "value": clock(seconds), "note": note})
         peak = max(row["memory"] for row in rows) / 2**20
         tiles.append({"label": "peak memory", "value": f"{peak:,.0f} MiB", "note": manifest.get("device", "")})
     if model := manifest.get("model"):
@@ -124,7 +125,9 @@ def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float | 
     return out
 
 
-def _line(x: Sequence[int], y: Sequence[Any], name: str, colour: str, width: float, opacity: float = 1.0) -> dict[str, Any]:
+def _line(
+    x: Sequence[int], y: Sequence[Any], name: str, colour: str, width: float, opacity: float = 1.0
+) -> dict[str, Any]:
     return {"type": "scatter", "mode": "lines", "x": list(x), "y": list(y), "name": name, "opacity": opacity,
             "line": {"width": width, "color": colour}}  # fmt: skip
 

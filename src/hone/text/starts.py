@@ -39,7 +39,8 @@ class Pretrained:
             return
         local = self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
         if local or path.parent.is_dir():
-            near = nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir())) if path.parent.is_dir() else ""
+            beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+            near = nearest(path.name, beside)
             hint = f"; {near}" if near else ""
             yield "path", f"there is no model folder '{self.path}'; expected 'base', a folder, or a Hub name{hint}"
 
@@ -60,8 +61,8 @@ class Fresh:
     """Start from random weights: pretraining.
 
     Args:
-        config: configuration in the words of transformers, e.g. {model_type: llama, hidden_size: 192, ...}; the vocabulary
-            size and the special tokens follow from the tokenizer.
+        config: configuration in the words of transformers, e.g. {model_type: llama, hidden_size: 192, ...}; the
+            vocabulary size and the special tokens follow from the tokenizer.
         tokenizer: folder or Hub name of a tokenizer; None trains one on the run's data.
         vocabulary: size of a tokenizer that is trained, in tokens.
         tokenizer_samples: samples that a tokenizer is trained on.

@@ -1,0 +1,448 @@
+"""The known formats of rows, told from their column names, and the conversion of a row to a sample.
+
+    format      columns (aliases) [optional]                         sample
+    pairs       chosen, rejected [prompt (question, instruction)]    pair of texts or turns; what both begin with is prompt
+    messages    messages (conversations, conversation) [system]      messages, of role/content or from/value turns
+    alpaca      instruction, output (response) [input (context)]     completion, with the template of Stanford Alpaca
+    completion  prompt, completion (response); or input, output      completion, joined exactly as they are
+    qa          question, answer                                     completion, "Question: Q" and "Answer: A" on two lines
+    text        text                                                 text
+    prompt      prompt                                               prompt, for generation and on-policy learning
+
+The first format whose columns are all there is taken and all rows are held to it. A `system` column goes before the
+prompt. Other columns go to `Sample.extra`, except numbers in columns named `weight`, `margin`, `label` or `reward`,
+which go to `Sample.fields`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hone.data.sample import Message, Sample
+from hone.errors import DataError, nearest
+
+FIELDS = ("weight", "margin", "label", "reward")
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n"
+)
+HH_ANSWER = "\n\nAssistant:"  # in sets such as Anthropic's hh-rlhf a pair of texts shares everything up to here
+UNSUPPORTED_KEYS = {"tool_calls": None, "function_call": None, "weight": 1}  # of a turn: the value that loses nothing
+
+
+class Cells:
+    """One row seen through the roles of its columns; every reading names the cell when it is not what it should be."""
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str, chat: bool) -> None:
+        """Look at a row.
+
+        Args:
+            row: column to value.
+            columns: role to column; roles that the row lacks are absent.
+            where: "file:line" of the row.
+            chat: plain prompts and answers become turns of a conversation.
+        """
+        self.row, self.columns, self.where, self.chat = row, columns, where, chat
+
+    def get(self, role: str) -> Any:
+        """Return the value in a role's cell, None when the row has no such cell."""
+        return self.row.get(self.columns[role]) if role in self.columns else None
+
+    def fault(self, role: str, expected: str, found: str, fix: str) -> DataError:
+        """Return the error about a role's cell.
+
+        Args:
+            role: whose cell it is.
+            expected: what should be there.
+            found: what is there.
+            fix: what to do about it.
+        """
+        return DataError(f"{self.where}: field '{self.columns[role]}': expected {expected}, found {found}. {fix}")
+
+    def text(self, role: str, empty: bool = True) -> str:
+        """Return the text in a role's cell.
+
+        Args:
+            role: whose cell it is.
+            empty: whether a text without any character but white space will do.
+
+        Raises:
+            DataError: the cell holds no text, or an empty one where there must be some.
+        """
+        value = self.get(role)
+        if not isinstance(value, str):
+            fix = "Write it as a quoted string" if isinstance(value, (int, float)) else "Fill in or remove the row"
+            raise self.fault(role, "a string", shown(value), f"{fix}.")
+        if not empty and not value.strip():
+            raise self.fault(role, "some text to train on", "an empty string", "Fill in or remove the row.")
+        return value
+
+    def turns(self, role: str) -> tuple[Message, ...]:
+        """Return the conversation in a role's cell.
+
+        Raises:
+            DataError: the cell holds no list of turns, or a turn that cannot be used.
+        """
+        value = self.get(role)
+        if not isinstance(value, list) or not value:
+            fix = 'Write turns such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+            raise self.fault(role, "a list of turns", "an empty list" if value == [] else shown(value), fix)
+        return tuple(self._turn(role, number, turn) for number, turn in enumerate(value, start=1))
+
+    def _turn(self, role: str, number: int, turn: Any) -> Message:
+        if not isinstance(turn, dict):
+            fix = 'Write {"role": ..., "content": ...}.'
+            raise self.fault(role, f"turn {number} to be an object", shown(turn), fix)
+        speaker, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+        for key in (speaker, said):
+            if key not in turn:
+                fix = nearest(key, turn) or "Turns are {role, content} or {from, value}"
+                raise self.fault(role, f"turn {number} to have '{key}'", f"only {_quoted(turn)}", f"{fix}.")
+        for key, harmless in UNSUPPORTED_KEYS.items():
+            if turn.get(key) not in (harmless, None, [], {}):
+                fix = "It would be lost; remove it or put it into the text."
+                raise self.fault(role, f"turn {number} without '{key}', which is not supported", shown(turn[key]), fix)
+        known = ROLES.get(turn[speaker]) if isinstance(turn[speaker], str) else None
+        if known is None:
+            hint = nearest(turn[speaker], ROLES) or f"known roles: {', '.join(ROLES)}"
+            raise self.fault(role, f"a known role in turn {number}", shown(turn[speaker]), f"{hint.capitalize()}.")
+        content = _plain_content(turn[said])
+        if content is None:
+            fix = "Only text can be trained on: write the turn's text as one string."
+            raise self.fault(role, f"turn {number} to hold a string in '{said}'", shown(turn[said]), fix)
+        if known == "assistant" and not content.strip():
+            fix = "Fill in the turn or remove the row."
+            raise self.fault(role, f"turn {number}, an assistant's, to say something", "an empty string", fix)
+        return Message(known, content)
+
+
+def _plain_content(value: Any) -> str | None:
+    """Return the text of a turn: a string, or a list of text parts as OpenAI writes them; None for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
+        return None if any(not isinstance(text, str) for text in texts) else "".join(map(str, texts))
+    return None
+
+
+_IN_WORDS: dict[type, str] = {
+    bool: "a truth value", int: "a number", float: "a number", str: "the string", list: "a list", dict: "an object",
+}  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """Return the type of a value in plain words with a glimpse of it, e.g. "a number (0.5)"."""
+    if value is None:
+        return "nothing (null)"
+    glimpse = repr(value)
+    glimpse = glimpse if len(glimpse) <= 40 else glimpse[:37] + "..."
+    return f"{_IN_WORDS.get(type(value), type(value).__name__)} ({glimpse})"
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def _text(cells: Cells) -> Sample:
+    return Sample("text", answers=(cells.text("text", empty=False),))
+
+
+def _prompt(cells: Cells) -> Sample:
+    value = cells.get("prompt")
+    if not isinstance(value, list):
+        text = cells.text("prompt")
+        return Sample("prompt", prompt=(Message("user", text),) if cells.chat else text)
+    turns = cells.turns("prompt")
+    if turns[-1].role == "assistant":
+        fix = "Remove that turn."
+        raise cells.fault("prompt", "a prompt to end before the answer", "an assistant turn at its end", fix)
+    return Sample("prompt", prompt=turns)
+
+
+def _messages(cells: Cells) -> Sample:
+    turns = cells.turns("messages")
+    if turns[0].role != "system":
+        turns = (*_system(cells), *turns)
+    if turns[0].role == "assistant":
+        fix = "Remove that turn or put the user's turn before it."
+        raise cells.fault("messages", "a conversation to begin with a user", "an assistant turn at its start", fix)
+    if all(turn.role != "assistant" for turn in turns):
+        recipe = f"format: prompt, columns: {{prompt: {cells.columns['messages']}}}"
+        found, fix = _quoted(sorted({t.role for t in turns})), f"Nothing could be trained; for prompts alone set {recipe}."
+        raise cells.fault("messages", "at least one assistant turn", f"only {found}", fix)
+    return Sample("messages", prompt=turns)
+
+
+def _system(cells: Cells) -> tuple[Message, ...]:
+    """Return the system turn that a `system` column holds, if any."""
+    text = cells.text("system") if cells.get("system") is not None else ""
+    return (Message("system", text),) if text.strip() else ()
+
+
+def _plain_system(cells: Cells) -> str:
+    return "".join(f"{turn.content}\n\n" for turn in _system(cells))
+
+
+def _exchange(cells: Cells, user: str, answer: str, plain_prompt: str, plain_answer: str) -> Sample:
+    """Return a completion of plain texts or, with `chat`, a conversation of two turns; a system text comes first."""
+    if cells.chat:
+        return Sample("messages", prompt=(*_system(cells), Message("user", user), Message("assistant", answer)))
+    return Sample("completion", prompt=_plain_system(cells) + plain_prompt, answers=(plain_answer,))
+
+
+def _alpaca(cells: Cells) -> Sample:
+    task, answer = cells.text("instruction", empty=False), cells.text("output", empty=False)
+    given = cells.text("input") if cells.get("input") is not None else ""
+    if given.strip():
+        plain = ALPACA.format(", paired with an input that provides further context", task, f"### Input:\n{given}\n\n")
+        return _exchange(cells, f"{task}\n\n{given}", answer, plain, answer)
+    return _exchange(cells, task, answer, ALPACA.format("", task, ""), answer)
+
+
+def _qa(cells: Cells) -> Sample:
+    question, answer = cells.text("question", empty=False), cells.text("answer", empty=False)
+    return _exchange(cells, question, answer, f"Question: {question}\nAnswer:", f" {answer}")
+
+
+def _completion(cells: Cells) -> Sample:
+    if isinstance(cells.get("prompt"), list):
+        turns = (*_system(cells), *cells.turns("prompt"))
+        return Sample("completion", prompt=turns, answers=(_answer_turns(cells, "completion"),))
+    prompt, answer_text = cells.text("prompt"), cells.text("completion", empty=False)
+    return _exchange(cells, prompt, answer_text, prompt, answer_text)
+
+
+def _answer_turns(cells: Cells, role: str) -> tuple[Message, ...]:
+    """Return an answer to a conversation: turns, or a text as one assistant turn."""
+    if isinstance(cells.get(role), str):
+        return (Message("assistant", cells.text(role, empty=False)),)
+    turns = cells.turns(role)
+    if all(turn.role != "assistant" for turn in turns):
+        raise cells.fault(role, "at least one assistant turn", "none", "Nothing could be trained; remove the row.")
+    return turns
+
+
+def _pair(cells: Cells) -> Sample:
+    if cells.get("chosen") == cells.get("rejected") and cells.get("chosen") is not None:
+        raise cells.fault("rejected", "an answer other than the chosen one", "the same answer twice", "Remove the row.")
+    given, values = cells.get("prompt"), [cells.get("chosen"), cells.get("rejected")]
+    if isinstance(given, list) or cells.chat or any(isinstance(value, list) for value in values):
+        return _pair_of_turns(cells)
+    chosen, rejected = cells.text("chosen", empty=False), cells.text("rejected", empty=False)
+    if given is not None:
+        prompt = _plain_system(cells) + cells.text("prompt")
+        return Sample("pair", prompt=prompt, answers=(chosen, rejected))
+    before, mark, _ = chosen[: _shared(chosen, rejected)].rpartition(HH_ANSWER)
+    cut = len(before) + len(mark)
+    return Sample("pair", prompt=_plain_system(cells) + chosen[:cut], answers=(chosen[cut:], rejected[cut:]))
+
+
+def _pair_of_turns(cells: Cells) -> Sample:
+    given = cells.get("prompt")
+    prompt = () if given is None else (cells.turns("prompt") if isinstance(given, list) else (Message("user", given),))
+    chosen, rejected = _answer_turns(cells, "chosen"), _answer_turns(cells, "rejected")
+    same = _shared(chosen, rejected)
+    common, answers = chosen[:same], (chosen[same:], rejected[same:])
+    for role, rest in zip(("chosen", "rejected"), answers, strict=True):
+        if all(turn.role != "assistant" for turn in rest):
+            fix = "Remove the row."
+            raise cells.fault(role, "an assistant turn that the other answer lacks", "none after the shared turns", fix)
+    # Many sets repeat the prompt inside both answers, often after a system turn that the prompt column lacks.
+    repeated = {turn.content for turn in prompt} <= {turn.content for turn in common}
+    prompt = common if repeated else (*prompt, *common)
+    if prompt and prompt[0].role != "system":
+        prompt = (*_system(cells), *prompt)
+    if (prompt or answers[0])[0].role == "assistant" or (not prompt and answers[1][0].role == "assistant"):
+        raise cells.fault("chosen", "a prompt before the answers", "an assistant turn first", "Add a 'prompt' column.")
+    return Sample("pair", prompt=prompt, answers=answers)
+
+
+def _shared(first: Any, second: Any) -> int:
+    """Return how many leading items two sequences share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A known format.
+
+    Args:
+        name: what `format:` calls it.
+        needs: role to the column names it is known by.
+        may: the same for roles that rows need not have.
+        build: makes the sample, without its extra columns.
+    """
+
+    name: str
+    needs: dict[str, tuple[str, ...]]
+    build: Callable[[Cells], Sample]
+    may: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+_SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system",)}
+SHAPES = (
+    _Shape(
+        "pairs",
+        {"chosen": ("chosen",), "rejected": ("rejected",)},
+        _pair,
+        {"prompt": ("prompt", "question", "instruction"), **_SYSTEM},
+    ),
+    _Shape("messages", {"messages": ("messages", "conversations", "conversation")}, _messages, _SYSTEM),
+    _Shape(
+        "alpaca",
+        {"instruction": ("instruction",), "output": ("output", "response")},
+        _alpaca,
+        {"input": ("input", "context"), **_SYSTEM},
+    ),
+    _Shape("completion", {"prompt": ("prompt",), "completion": ("completion", "response")}, _completion, _SYSTEM),
+    _Shape("completion", {"prompt": ("input",), "completion": ("output",)}, _completion, _SYSTEM),
+    _Shape("qa", {"question": ("question",), "answer": ("answer",)}, _qa, _SYSTEM),
+    _Shape("text", {"text": ("text",)}, _text),
+    _Shape("prompt", {"prompt": ("prompt",)}, _prompt),
+)
+COLUMN_KEYS = tuple(dict.fromkeys([role for shape in SHAPES for role in (*shape.needs, *shape.may)] + list(FIELDS)))
+
+
+@dataclass(frozen=True)
+class Format:
+    """The format that a source's rows are held to.
+
+    Args:
+        shape: the known format.
+        columns: role to column, as `columns:` gives it or the first row tells it.
+        chat: plain prompts and answers become turns of a conversation.
+        others: columns of the first row that play no role.
+    """
+
+    shape: _Shape
+    columns: dict[str, str]
+    chat: bool = False
+    others: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the format, e.g. "alpaca"."""
+        return self.shape.name
+
+    def describe(self) -> str:
+        """Return what was understood, for the log, e.g. "format completion (prompt, completion = 'reply')"."""
+        roles = [role if role == column else f"{role} = '{column}'" for role, column in self.columns.items()]
+        rest = f"; other columns: {', '.join(self.others)}" if self.others else ""
+        return f"format {self.name} ({', '.join(roles)}{rest})" + (" as chat" if self.chat else "")
+
+    def convert(self, row: Mapping[str, Any], where: str) -> Sample:
+        """Return the sample that a row holds.
+
+        Args:
+            row: column to value.
+            where: "file:line" of the row.
+
+        Raises:
+            DataError: the row lacks a column, or a cell cannot be used.
+        """
+        for role in self.shape.needs:
+            if self.columns[role] not in row:
+                column = self.columns[role]
+                hint = nearest(column, row) or "all rows of a source need the columns of its first row"
+                raise DataError(f"{where}: missing column '{column}' (found {_quoted(row)}); {hint}")
+        columns = dict(self.columns)
+        for role, names in self.shape.may.items():  # rows may have an optional column that the first one lacked
+            if role not in columns and (found := _first(names, row, columns.values())):
+                columns[role] = found
+        cells = Cells(row, columns, where, self.chat)
+        sample, numbers = self.shape.build(cells), _numbers(cells)
+        used = {column for role, column in columns.items() if role not in FIELDS} | {columns.get(n, n) for n in numbers}
+        extra = {column: value for column, value in row.items() if column not in used}
+        return replace(sample, fields=numbers, extra=extra, where=where)
+
+
+def _numbers(cells: Cells) -> dict[str, float]:
+    """Return the numbers for objectives that a row carries, e.g. its weight."""
+    found = {}
+    for name in FIELDS:
+        value = cells.row.get(cells.columns.get(name, name))
+        try:
+            if isinstance(value, (int, float, str)):
+                found[name] = float(value)
+        except ValueError:
+            value = None  # a text: some other column of that name, unless `columns` says that it is this one
+        if name in cells.columns and name not in found:
+            raise cells.fault(name, "a number", shown(cells.get(name)), "Fill in or remove the row.")
+    return found
+
+
+def _first(names: tuple[str, ...], row: Mapping[str, Any], taken: Any) -> str | None:
+    return next((name for name in names if name in row and name not in taken), None)
+
+
+def sniff(
+    row: Mapping[str, Any],
+    where: str,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    chat: bool = False,
+) -> Format:
+    """Tell the format of a source from its first row.
+
+    Args:
+        row: column to value.
+        where: "file:line" of the row, for messages.
+        format: name of the format, or "auto".
+        columns: role to column where the names say too little; all its roles must belong to the format.
+        chat: plain prompts and answers become turns of a conversation.
+
+    Raises:
+        DataError: the columns fit no known format, or `columns` names one that the row lacks.
+    """
+    given = dict(columns or {})
+    for role, column in given.items():
+        if column not in row:
+            hint = nearest(column, row) or "write role: column"
+            raise DataError(f"{where}: columns: {role}: there is no column '{column}' (found {_quoted(row)}); {hint}")
+    for shape in SHAPES:
+        found = _match(shape, row, given) if format in ("auto", shape.name) else None
+        if found is not None:
+            used = {*found.values(), *FIELDS}
+            return Format(shape, found, chat, tuple(str(name) for name in row if name not in used))
+    raise DataError(_unknown(row, where, format, given))
+
+
+def _match(shape: _Shape, row: Mapping[str, Any], given: dict[str, str]) -> dict[str, str] | None:
+    """Return role to column when a row has all columns of a format and the format has all given roles."""
+    roles = {**shape.needs, **shape.may}
+    if any(role not in roles and role not in FIELDS for role in given):
+        return None
+    found = {}
+    for role, names in roles.items():
+        column = given.get(role) or _first(names, row, given.values())
+        if column is not None:
+            found[role] = column
+        elif role in shape.needs:
+            return None
+    return found | {role: column for role, column in given.items() if role in FIELDS}
+
+
+def _unknown(row: Mapping[str, Any], where: str, format: str, given: dict[str, str]) -> str:
+    """Return the message about columns that fit no known format, or not the one asked for."""
+    wanted = [shape for shape in SHAPES if format in ("auto", shape.name)]
+    what = "the format cannot be told from" if format == "auto" else f"format '{format}' does not fit"
+    known = "\n".join(f"    {shape.name}: {', '.join(shape.needs)}" for shape in wanted)
+    shape = wanted[0] if format != "auto" else next(s for s in SHAPES if s.name == "completion")
+    rest = [str(name) for name in row if name not in given.values()]
+    guess = {role: given.get(role) or (rest.pop(0) if rest else "COLUMN") for role in shape.needs}
+    mapping = ", ".join(f"{role}: {column}" for role, column in guess.items())
+    return (
+        f"{where}: {what} the columns {_quoted(row)}\n  formats and the columns they need:\n{known}\n"
+        f"  Rename the columns, or say in the recipe which one is what, for instance:\n    columns: {{{mapping}}}"
+    )

@@ -1,0 +1,230 @@
+"""From a source to what a run trains and evaluates on, with every check that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from hone.data.cache import Progress, TokenCache, cache_key
+from hone.data.loader import Loader, StreamingLoader
+from hone.data.overlong import Counts, fit_sample
+from hone.data.sample import Sample
+from hone.data.source import Source, Split
+from hone.errors import DataError
+from hone.parts import find
+from hone.text.pack import Packed, Tree, pack
+
+if TYPE_CHECKING:
+    from hone.text.render import Renderer
+
+ACCEPTED = {  # what an objective consumes -> the kinds of samples that serve as that
+    "sequences": ("text", "completion", "messages"),
+    "pairs": ("pair",),
+    "prompts": ("prompt", "completion", "messages"),
+    "any": ("text", "completion", "messages", "pair", "prompt"),
+}
+_IN_WORDS = {
+    "text": "plain text",
+    "completion": "prompts with answers",
+    "messages": "conversations",
+    "pair": "preference data",
+    "prompt": "prompts without answers",
+}
+_FOR_EXAMPLE = {"sequences": "sft", "pairs": "dpo", "prompts": "grpo"}
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One split of a source as the trees that an objective consumes.
+
+    Args:
+        source: gives the samples.
+        renderer: turns a sample into trees.
+        split: "train" or "eval".
+        consumes: what the objective consumes, a key of `ACCEPTED`.
+    """
+
+    source: Source
+    renderer: Renderer
+    split: Split
+    consumes: str
+
+    def __post_init__(self) -> None:
+        """Refuse what no data can be."""
+        if self.consumes not in ACCEPTED:
+            raise ValueError(f"an objective consumes one of {', '.join(ACCEPTED)}, not '{self.consumes}'")
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield one pass over the samples.
+
+        Raises:
+            DataError: a sample is of a kind that the objective cannot use; the message says which objectives can.
+        """
+        for sample in self.source.samples(self.split):
+            if sample.kind not in ACCEPTED[self.consumes]:
+                raise _mismatch(sample, self.consumes)
+            yield sample
+
+    def render(self, sample: Sample) -> tuple[list[Tree], Counts]:
+        """Return the trees of a sample that fit the window, and what became of it.
+
+        Args:
+            sample: a sample of the source.
+        """
+        return fit_sample(
+            self.renderer.render(sample), self.source.max_tokens, self.source.overlong_for(sample.kind),
+            where=sample.where, trains=self.consumes not in ("prompts", "any"),
+        )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        """Name of the token cache: a hash of everything that determines the trees."""
+        return cache_key(
+            source=self.source.fingerprint(), renderer=self.renderer.fingerprint, split=self.split,
+            consumes=self.consumes, max_tokens=self.source.max_tokens, overlong=self.source.overlong,
+        )  # fmt: skip
+
+
+def _mismatch(sample: Sample, consumes: str) -> DataError:
+    fitting = []
+    for name, kinds in ACCEPTED.items():
+        if name != "any" and sample.kind in kinds:
+            example = _FOR_EXAMPLE[name]
+            fitting.append(name + (f", such as {example}" if find("objective", example) else ""))
+    wanted = " or ".join(f"{_IN_WORDS[kind]} ({kind})" for kind in ACCEPTED[consumes])
+    return DataError(
+        f"{sample.where or 'data'}: this is {_IN_WORDS[sample.kind]} ({sample.kind}), but the objective consumes "
+        f"{consumes}, that is {wanted}. Use an objective that consumes {', or '.join(fitting)}; or other data"
+    )
+
+
+@dataclass
+class Opened:
+    """Data that is ready to train or evaluate on.
+
+    Args:
+        rendering: where it comes from.
+        trees: the rendered samples; None for a stream, which is rendered while it trains.
+    """
+
+    rendering: Rendering
+    trees: TokenCache | None
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """The samples of the split themselves, for generated answers; meant for the small evaluation split."""
+        return list(self.rendering.samples())
+
+    def describe(self) -> str:
+        """Return one sentence for people."""
+        what = "read as a stream, rendered while training" if self.trees is None else self.trees.counts.describe()
+        return f"{self.rendering.source.describe()}: {what}"
+
+    def record(self) -> dict[str, Any]:
+        """Return what identifies the data, for the manifest of a run."""
+        source = self.rendering.source
+        return {
+            "source": source.describe(),
+            "split": self.rendering.split,
+            "fingerprint": source.fingerprint(),
+            "max_tokens": source.max_tokens,
+            "counts": None if self.trees is None else asdict(self.trees.counts),
+            "cache": None if self.trees is None or self.trees.folder is None else str(self.trees.folder),
+        }
+
+    def loader(
+        self, batch_tokens: int, seed: int, epochs: float | None = None, *, workers: int | None = None
+    ) -> Loader | StreamingLoader:
+        """Return the resumable loader, with the source's shuffling and workers.
+
+        Args:
+            batch_tokens: most tokens in one step.
+            seed: seeds the order.
+            epochs: passes over the data; None goes on for ever.
+            workers: processes that read ahead; None takes the source's option.
+        """
+        source = self.rendering.source
+        workers = source.workers if workers is None else workers
+        if self.trees is None:
+            return StreamingLoader(
+                self.rendering, batch_tokens=batch_tokens, seed=seed, shuffle=source.shuffle, workers=workers,
+                epochs=epochs, max_tokens=source.max_tokens,
+            )  # fmt: skip
+        return Loader(
+            self.trees, batch_tokens=batch_tokens, seed=seed, shuffle=source.shuffle, workers=workers, epochs=epochs
+        )
+
+    def calibration(self, batch_tokens: int, seed: int) -> Calibration:
+        """Return batches for methods that look at data before they train; nothing is read until they do.
+
+        Args:
+            batch_tokens: most tokens in one batch.
+            seed: seeds the order.
+        """
+        return Calibration(self, batch_tokens, seed)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One pass over the data in packed batches, the same each time it is iterated.
+
+    Args:
+        opened: the data.
+        batch_tokens: most tokens in one batch.
+        seed: seeds the order.
+    """
+
+    opened: Opened
+    batch_tokens: int
+    seed: int
+
+    def __iter__(self) -> Iterator[Packed]:
+        """Yield the batches."""
+        for trees in self.opened.loader(self.batch_tokens, self.seed, 1, workers=0):
+            yield pack(trees)
+
+
+def open_data(
+    source: Source, renderer: Renderer, *, consumes: str, split: Split = "train", progress: Progress | None = None
+) -> Opened:
+    """Render a split of a source, or find it in the token cache.
+
+    A streaming source is not rendered here, except for its evaluation split, which is small and is kept in memory.
+
+    Args:
+        source: gives the samples.
+        renderer: turns a sample into trees.
+        consumes: what the objective consumes: "sequences", "pairs" or "prompts"; "any" takes every kind of sample.
+        split: "train" or "eval".
+        progress: called with the number of samples read so far.
+
+    Returns:
+        The data; an evaluation split may be empty.
+
+    Raises:
+        DataError: there are no samples to train on, they are of a kind that the objective cannot use, or none of them
+            has a trained token in the window.
+        HoneError: the token cache could not be written.
+    """
+    rendering = Rendering(source, renderer, split, consumes)
+    if source.streaming and split == "train":
+        if next(rendering.samples(), None) is None:
+            raise _empty(source)
+        return Opened(rendering, None)
+    if source.cache and not source.streaming:
+        trees = TokenCache.open(rendering.key, rendering.samples, rendering.render, progress=progress)
+    else:
+        trees = TokenCache.in_memory(rendering.samples, rendering.render, progress=progress)
+    if split == "train" and not trees.counts.samples:
+        raise _empty(source)
+    trees.counts.require_kept(source.max_tokens)
+    return Opened(rendering, trees)
+
+
+def _empty(source: Source) -> DataError:
+    return DataError(
+        f"{source.describe()}: there is nothing to train on: expected at least one sample, found none. Check the path, "
+        f"and that holdout={source.holdout} leaves some for training"
+    )

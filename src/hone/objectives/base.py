@@ -1,0 +1,100 @@
+"""What every objective is: sums over a batch, one turn for each player that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hone.text.model import LanguageModel
+    from hone.text.pack import Packed
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One loss for one player; the loop does its backward pass and that player's optimizer step.
+
+    Args:
+        player: name of the player whose tensors move, "model" for the model itself.
+        loss: scalar, summed over the batch's units.
+        metrics: numbers to report by name, summed over the batch's units and without gradient.
+    """
+
+    player: str
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective:
+    """What is minimised: a sum over the units of a batch, which the loop divides by their count over the whole step.
+
+    A subclass gives `loss`, and `count` where its unit is not the trained token. One with several players gives `turns`
+    as well; `loss` is then what evaluation reports.
+    """
+
+    consumes: ClassVar[str] = "sequences"  # or "pairs", "prompts", ...: what the data must be rendered as
+
+    def setup(self, run: Any) -> None:
+        """Prepare once before the first step, e.g. add players or cache a reference model's values.
+
+        Args:
+            run: the run in progress (`engine/loop.py: Run`).
+        """
+
+    def count(self, batch: Packed) -> float:
+        """Return the number of units that `loss` sums over; here the sum of the tokens' weights.
+
+        Args:
+            batch: B trees as a packed forest of T tokens.
+        """
+        return float(batch.weights.sum())
+
+    def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and metrics, both summed over the batch's units.
+
+        Args:
+            model: the language model that trains.
+            batch: B trees as a packed forest of T tokens.
+
+        Raises:
+            NotImplementedError: the subclass does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch)")
+
+    def turns(self, model: LanguageModel, batch: Packed) -> Iterator[Turn]:
+        """Yield the batch's turns in order: one loss for each player that trains; here one, for "model".
+
+        Args:
+            model: the language model that trains.
+            batch: B trees as a packed forest of T tokens.
+        """
+        yield Turn("model", *self.loss(model, batch))
+
+
+class Predictions(NamedTuple):
+    """The N predictions of a batch that count, as indices into its T tokens.
+
+    Args:
+        predictors: (N,) index of the token whose hidden state predicts; one token may predict several.
+        targets: (N,) id of the predicted token.
+        weights: (N,) weight of the prediction, never 0.
+    """
+
+    predictors: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def trained(batch: Packed, weights: Tensor | None = None) -> Predictions:
+    """Return the predictions whose weight is not 0, so that the head runs on no other token.
+
+    Args:
+        batch: packed forest of T tokens.
+        weights: (T,) weight of predicting each token, 0 where nothing precedes it; by default the batch's own.
+    """
+    weights = batch.weights if weights is None else weights
+    chosen = weights.nonzero().squeeze(1)
+    return Predictions(batch.previous[chosen], batch.tokens[chosen], weights[chosen])

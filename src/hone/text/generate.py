@@ -1,0 +1,305 @@
+"""Generation for many prompts at once; the samples of a prompt share its prefill and one copy of its keys.
+
+What a sample draws depends on (seed, index of its prompt, index of the sample) and on the model alone: every step takes
+one uniform number per sample from a counter-based generator, so that neither the batch size nor which other samples
+have ended changes a token, up to the rounding of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from hone.errors import ModelError, NumericError
+from hone.samplers.text import greedy
+from hone.text.attention import TreePlan
+from hone.text.cache import DecodeCache
+from hone.text.model import LanguageModel
+from hone.text.pack import Tree, pack
+
+PREFILL_TOKENS = 16384  # most prompt tokens in one forward pass, which bounds its activations
+COMPACT_BELOW = 0.75  # finished samples are dropped when fewer than this fraction of the rows still run
+
+Sampler = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sample of one prompt.
+
+    Log-probabilities are the model's own: of softmax(logits) as the head gives them, whatever temperature or truncation
+    the sampler used. They equal `LanguageModel.logprobs` of the same tokens as a child of the prompt.
+
+    Args:
+        tokens: (n,) int32 ids of the answer, without the prompt and without the stop token.
+        logprobs: (n,) log-probability of each, in float32, or float64 for a float64 model.
+        stopped: whether a stop token ended it; False when it ran out of `max_new_tokens` or of the model's context.
+        stop_token: the stop token that was drawn, -1 when none was.
+        stop_logprob: log-probability of drawing it, NaN when none was.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stopped: bool
+    stop_token: int = -1
+    stop_logprob: float = float("nan")
+
+    def trajectory(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids and log-probabilities of everything that was drawn, the stop token included."""
+        if not self.stopped:
+            return self.tokens, self.logprobs
+        ids = np.append(self.tokens, np.array(self.stop_token, self.tokens.dtype))
+        return ids, np.append(self.logprobs, np.array(self.stop_logprob, self.logprobs.dtype))
+
+
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[np.ndarray],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 256,
+    sampler: Sampler = greedy,
+    stop: Sequence[int] = (),
+    seed: int = 0,
+    batch: int = 64,
+    on_progress: Progress | None = None,
+) -> list[list[Generation]]:
+    """Continue each prompt `samples` times.
+
+    The model runs in evaluation mode without gradients and is left in the mode it was in. A generation ends at a stop
+    token, after `max_new_tokens`, or where prompt and answer fill the model's context (`max_position_embeddings`).
+    Models that cannot run packed (`packs` False, such as recurrent ones) go through transformers' own `generate`.
+
+    Args:
+        model: the language model, with or without an adapter.
+        prompts: token ids of each prompt, none empty.
+        samples: answers to each prompt.
+        max_new_tokens: most tokens of an answer, a stop token included.
+        sampler: called with logits (N, V) and uniforms (N,) in [0, 1), returns (N,) ids.
+        stop: ids that end an answer.
+        seed: seeds the uniforms.
+        batch: most samples that run at once, which bounds memory; the samples of one prompt always run together.
+        on_progress: called with (finished samples, all samples) whenever some finish.
+
+    Returns:
+        Per prompt, in the order given, its `samples` generations.
+
+    Raises:
+        ModelError: a prompt is empty or leaves no room in the model's context.
+        NumericError: the model's logits are not finite.
+        ValueError: `samples`, `max_new_tokens` or `batch` is below 1.
+    """
+    if min(samples, max_new_tokens, batch) < 1:
+        raise ValueError(f"samples {samples}, max_new_tokens {max_new_tokens} and batch {batch} must be at least 1")
+    room = _room(model, prompts, max_new_tokens)
+    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    found: dict[int, list[Generation]] = {}
+    total = samples * len(prompts)
+    with _evaluation(model), torch.no_grad():
+        for wave in _waves(lengths, max(1, batch // samples), equal=not model.packs):
+            draws = _Draws(wave, room[wave], samples, sampler, stop, seed)
+            if on_progress is not None:
+                finished = samples * len(found)
+                draws.on_finish = lambda count, before=finished: on_progress(before + count, total)
+            run = _decode if model.packs else _decode_with_transformers
+            run(model, [np.asarray(prompts[i]) for i in wave], samples, draws)
+            found.update(zip(wave.tolist(), draws.generations(samples), strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _room(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int) -> np.ndarray:
+    """Return the most tokens that each answer may have."""
+    context = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    room = np.full(len(prompts), max_new_tokens, dtype=np.int64)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ModelError(f"prompt {i} has no tokens; begin it with the tokenizer's first token (BOS)")
+        if context is not None:
+            room[i] = min(max_new_tokens, context - len(prompt))
+            if room[i] < 1:
+                raise ModelError(
+                    f"prompt {i} has {len(prompt)} tokens and leaves no room for an answer in the model's context of "
+                    f"{context} tokens; shorten it or use a model with a longer context"
+                )
+    return room
+
+
+def _waves(lengths: np.ndarray, size: int, *, equal: bool) -> Iterator[np.ndarray]:
+    """Yield the indices of the prompts that run together: at most `size`, of similar (or of equal) length."""
+    order = np.argsort(lengths, kind="stable")
+    begin = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or end - begin == size or (equal and lengths[order[end]] != lengths[order[begin]]):
+            yield order[begin:end]
+            begin = end
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode and give each its own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Draws:
+    """Picks the tokens of N samples, step by step, and keeps what was picked; row i * samples + j is sample j of prompt i.
+
+    Its state lives on the CPU in numpy: one step's worth is a few hundred bytes.
+    """
+
+    def __init__(
+        self, prompts: np.ndarray, room: np.ndarray, samples: int, sampler: Sampler, stop: Sequence[int], seed: int
+    ) -> None:
+        rows = len(prompts) * samples
+        self.sampler, self.stop = sampler, np.array(list(stop), dtype=np.int64)
+        self.prompts, self.room = np.repeat(prompts, samples), np.repeat(room, samples)
+        self.keys = _keys(seed, self.prompts, np.tile(np.arange(samples), len(prompts)))
+        self.tokens = np.zeros((rows, int(room.max())), dtype=np.int32)
+        self.logprobs: np.ndarray | None = None
+        self.lengths = np.zeros(rows, dtype=np.int64)  # tokens drawn, 0 while it runs
+        self.on_finish: Callable[[int], None] = lambda count: None
+
+    def take(self, logits: Tensor, rows: np.ndarray, step: int) -> Tensor:
+        """Pick token `step` of each row from its logits (n, V); rows that ended before are picked for, not kept."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        uniforms = torch.from_numpy(_uniforms(self.keys[rows], step))
+        ids = self.sampler(logits, uniforms.to(logits.device, torch.promote_types(logits.dtype, torch.float32)))
+        logprobs = (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)).cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            prompt = self.prompts[rows[~np.isfinite(logprobs)][0]]
+            raise NumericError(f"the logits of generated token {step} after prompt {prompt} are not finite")
+        if self.logprobs is None:
+            self.logprobs = np.zeros(self.tokens.shape, dtype=logprobs.dtype)
+        running = self.lengths[rows] == 0
+        picked, mine = ids.cpu().numpy()[running], rows[running]
+        self.tokens[mine, step], self.logprobs[mine, step] = picked, logprobs[running]
+        ended = np.isin(picked, self.stop) | (step + 1 >= self.room[mine])
+        self.lengths[mine[ended]] = step + 1
+        if ended.any():
+            self.on_finish(int(np.count_nonzero(self.lengths)))
+        return ids
+
+    def generations(self, samples: int) -> list[list[Generation]]:
+        """Return what was drawn, `samples` generations per prompt."""
+        made = [self._generation(row) for row in range(len(self.lengths))]
+        return [made[i : i + samples] for i in range(0, len(made), samples)]
+
+    def _generation(self, row: int) -> Generation:
+        assert self.logprobs is not None
+        count = int(self.lengths[row])
+        tokens, logprobs = self.tokens[row, :count].copy(), self.logprobs[row, :count].copy()
+        if not np.isin(tokens[-1], self.stop):
+            return Generation(tokens, logprobs, False)
+        return Generation(tokens[:-1], logprobs[:-1], True, int(tokens[-1]), float(logprobs[-1]))
+
+
+def _decode(model: LanguageModel, prompts: list[np.ndarray], samples: int, draws: _Draws) -> None:
+    """Run prompts and their samples through a packed model until all samples have ended."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    device = next(model.parameters()).device
+    cache = DecodeCache(lengths.tolist(), samples, int(draws.room.max()) - 1, device)
+    logits = _prefill(model, prompts, cache).repeat_interleave(samples, dim=0)
+    lengths = lengths.repeat(samples)
+    rows = np.arange(len(lengths))
+    for step in range(int(draws.room.max())):
+        ids = draws.take(logits, rows, step)
+        running = np.flatnonzero(draws.lengths[rows] == 0)
+        if len(running) == 0:
+            return
+        if len(running) < COMPACT_BELOW * len(rows):
+            kept = torch.from_numpy(running).to(device)
+            cache.keep(kept)
+            ids, rows = ids[kept], rows[running]
+        # A row that ended but is still carried along stays at its last position, inside the model's context.
+        positions = lengths[rows] + np.minimum(step, draws.room[rows] - 1)
+        hidden = model.states(ids, torch.from_numpy(positions).to(device), cache)
+        logits = model.head(hidden)
+
+
+def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache) -> Tensor:
+    """Run the prompts as a packed forest, a bounded number of tokens at a time; return (prompts, V) logits of the next."""
+    device = next(model.parameters()).device
+    logits: list[Tensor] = []
+    first = 0
+    while first < len(prompts):
+        end, total = first + 1, len(prompts[first])
+        while end < len(prompts) and total + len(prompts[end]) <= PREFILL_TOKENS:
+            total += len(prompts[end])
+            end += 1
+        forest = pack([Tree((p,), (np.zeros(len(p), np.float32),), (-1,)) for p in prompts[first:end]]).to(device)
+        plan = cache.prefill(TreePlan(forest), first, forest.starts)
+        hidden = model.states(forest.tokens, forest.positions, plan)
+        logits.append(model.head(hidden[(forest.starts[1:] - 1).to(device)]))
+        first = end
+    return torch.cat(logits)
+
+
+class _Picker(LogitsProcessor):
+    """Lets transformers' greedy search return what the sampler picks: all but the picked token are excluded."""
+
+    def __init__(self, draws: _Draws, prompt_length: int) -> None:
+        self.draws, self.prompt_length = draws, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (N, V) scores that leave one token each."""
+        ids = self.draws.take(scores, np.arange(len(scores)), input_ids.shape[1] - self.prompt_length)
+        return torch.full_like(scores, float("-inf")).scatter(-1, ids[:, None], 0.0)
+
+
+def _decode_with_transformers(model: LanguageModel, prompts: list[np.ndarray], samples: int, draws: _Draws) -> None:
+    """Run prompts of one length, without sharing, through `hf.generate`.
+
+    Equal lengths need no padding, which several recurrent models would take into their state.
+    """
+    hf = model.hf
+    tokens = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(next(model.parameters()).device)
+    tokens = tokens.repeat_interleave(samples, dim=0)
+    stop = draws.stop.tolist()
+    plain = GenerationConfig(
+        max_new_tokens=int(draws.room.max()), do_sample=False, eos_token_id=stop or None, pad_token_id=(stop or [0])[0]
+    )
+    accepted = inspect.signature(hf.forward).parameters
+    mask = {"attention_mask": torch.ones_like(tokens)} if "attention_mask" in accepted else {}
+    kept = hf.generation_config
+    hf.generation_config = plain  # the model's own would add penalties and stop tokens that nobody asked for here
+    try:
+        picker = LogitsProcessorList([_Picker(draws, tokens.shape[1])])
+        hf.generate(tokens, generation_config=plain, logits_processor=picker, **mask)
+    finally:
+        hf.generation_config = kept
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: a bijection of 64-bit words whose outputs look independent."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _advance(state: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Return the word `count` + 1 steps along the SplitMix64 stream that starts at `state`."""
+    return _mix(state + (count.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _keys(seed: int, prompts: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Return the (N,) uint64 stream of each (prompt, sample)."""
+    root = np.full(len(prompts), seed % 2**64, dtype=np.uint64)
+    return _advance(_advance(_mix(root), prompts), samples)
+
+
+def _uniforms(keys: np.ndarray, step: int) -> np.ndarray:
+    """Return number `step` of each stream: (N,) float64 in [0, 1), multiples of 2^-53."""
+    return (_advance(keys, np.full(len(keys), step)) >> np.uint64(11)) * 2.0**-53

@@ -1,0 +1,292 @@
+"""The resumable loaders against a plain reference, with and without workers, resumed anywhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hone.data.loader import Loader, Steps, StreamingLoader
+from hone.data.overlong import Counts, fit_sample
+from hone.data.sample import Sample
+from hone.errors import DataError, ModelError
+from hone.text.pack import Tree
+
+# a machine with one core has a suggestion to make about two workers
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+LENGTHS = [3, 9, 1, 4, 12, 2, 2, 7, 5, 1, 8, 3, 3, 6, 2]
+
+
+def a_tree(length: int, name: int) -> Tree:
+    tokens = np.full(length, name, np.int32)
+    return Tree((tokens,), (np.ones(length, np.float32),), (-1,), where=str(name))
+
+
+def the_trees(lengths: list[int]) -> list[Tree]:
+    return [a_tree(length, name) for name, length in enumerate(lengths)]
+
+
+def names(steps: list[list[Tree]]) -> list[list[str]]:
+    """Name every tree by its place and its length, so that windows of one sample differ."""
+    return [[f"{tree.where}:{len(tree)}" for tree in step] for step in steps]
+
+
+def reference_steps(lengths: list[int], batch_tokens: int, seed: int, shuffle: bool, epochs: float) -> list[list[str]]:
+    """The definition, token by token: concatenate the epochs' orders and cut greedily."""
+    order: list[int] = []
+    for epoch in range(int(np.ceil(epochs))):
+        whole = np.random.default_rng([seed, epoch]).permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+        order.extend(whole)
+    order = order[: int(np.ceil(epochs * len(lengths)))]
+    steps: list[list[str]] = []
+    room = 0
+    for name in order:
+        if not steps or lengths[name] > room:
+            steps.append([])
+            room = batch_tokens
+        steps[-1].append(f"{name}:{lengths[name]}")
+        room -= lengths[name]
+    return steps
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
+    batch_tokens=st.integers(1, 40),
+    seed=st.integers(0, 5),
+    shuffle=st.booleans(),
+    epochs=st.floats(0.1, 4.5),
+    data=st.data(),
+)
+def test_loader_is_the_definition_and_resumes_anywhere(lengths, batch_tokens, seed, shuffle, epochs, data):
+    def made() -> Loader:
+        options = {"batch_tokens": batch_tokens, "seed": seed, "shuffle": shuffle, "epochs": epochs}
+        return Loader(the_trees(lengths), **options)
+
+    expected = reference_steps(lengths, batch_tokens, seed, shuffle, epochs)
+    loader = made()
+    assert names(list(loader)) == expected
+    assert loader.total_steps(epochs) == len(expected)
+    assert loader.steps_per_epoch == len(reference_steps(lengths, batch_tokens, seed, shuffle, 1))
+
+    stop = data.draw(st.integers(0, len(expected)))
+    stopped = made()
+    before = names(list(itertools.islice(stopped, stop)))
+    resumed = made()
+    resumed.load_state_dict(stopped.state_dict())
+    assert before + names(list(resumed)) == expected
+
+
+def test_endless_steps_cross_the_border_between_epochs():
+    loader = Loader(the_trees([2, 2, 2]), batch_tokens=4, seed=0, shuffle=False)
+    assert names(list(itertools.islice(loader, 3))) == [["0:2", "1:2"], ["2:2", "0:2"], ["1:2", "2:2"]]
+    assert loader.state_dict() == {"epoch": 2, "index": 0, "samples": 6}
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    loader = Loader(the_trees([1] * 50), batch_tokens=50, seed=3)
+    first, second = names(list(itertools.islice(loader, 2)))
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
+    batch_tokens=st.integers(4, 20),
+    stop=st.integers(0, 6),
+)
+def test_workers_give_the_same_steps_and_the_same_position(lengths, batch_tokens, stop):
+    def made(workers: int) -> Loader:
+        return Loader(the_trees(lengths), batch_tokens=batch_tokens, seed=1, workers=workers, epochs=2)
+
+    expected = names(list(made(0)))
+    ahead = made(2)  # its workers have read further than what was handed out
+    before = names(list(itertools.islice(ahead, stop)))
+    state = ahead.state_dict()
+    plain = made(0)
+    list(itertools.islice(plain, stop))
+    assert state == plain.state_dict()
+    ahead.load_state_dict(state)
+    plain.load_state_dict(state)
+    assert before + names(list(ahead)) == expected
+    assert before + names(list(plain)) == expected
+    ahead.close()
+
+
+def test_workers_leave_the_global_random_numbers_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(Loader(the_trees(LENGTHS), batch_tokens=10, seed=0, workers=2, epochs=1))
+    list(StreamingLoader(Stream(20), batch_tokens=10, seed=0, workers=2, epochs=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_trees_is_an_error():
+    with pytest.raises(DataError, match="nothing to train on"):
+        Loader([], batch_tokens=8, seed=0)
+
+
+@pytest.mark.parametrize("state", [{"epoch": 1, "index": 3, "samples": 18}, {"epoch": 0, "index": 20, "samples": 20}])
+def test_a_position_in_other_data_is_an_error(state):
+    loader = Loader(the_trees([4] * 10), batch_tokens=8, seed=0)  # in 15 trees, (1, 3) is place 18
+    with pytest.raises(DataError, match="not what it was"):
+        loader.load_state_dict(state)
+
+
+def test_state_is_a_copy():
+    loader = Loader(the_trees(LENGTHS), batch_tokens=10, seed=0)
+    state = loader.state_dict()
+    next(loader)
+    assert state["samples"] == 0
+
+
+class Stream:
+    """A feed of samples of 1 to 12 tokens; some are split into windows, some are dropped, one may be bad."""
+
+    def __init__(self, size: int, window: int = 8, bad: int | None = None, render_fails: bool = False) -> None:
+        self.size, self.window, self.bad, self.render_fails = size, window, bad, render_fails
+        self.rendered: list[str] = []
+
+    def samples(self) -> Iterator[Sample]:
+        for number in range(self.size):
+            if number == self.bad and not self.render_fails:
+                raise DataError(f"data.jsonl:{number}: not JSON")
+            yield Sample(kind="text", answers=("x" * (number * 5 % 12 + 1),), where=str(number))
+
+    def render(self, sample: Sample) -> tuple[list[Tree], Counts]:
+        self.rendered.append(sample.where)
+        if self.render_fails and sample.where == str(self.bad):
+            raise ModelError(f"the template cannot render sample {sample.where}")
+        how = "drop" if int(sample.where) % 4 == 3 else "split"
+        return fit_sample([a_tree(len(sample.answers[0]), int(sample.where))], self.window, how, where=sample.where)
+
+
+def stream_loader(feed: Stream, workers: int = 0, **options) -> StreamingLoader:
+    return StreamingLoader(feed, **{"batch_tokens": 12, "seed": 2, "buffer": 5, "epochs": 2, "workers": workers, **options})
+
+
+def assert_resumes(made, stop: int) -> None:
+    """Stopping after some steps and going on, in this process or in two workers, gives the steps of one pass."""
+    expected = names(list(made(0)))
+    for first, second in ((0, 0), (2, 0), (0, 2)):
+        stopped: Steps = made(first)
+        before = names(list(itertools.islice(stopped, stop)))
+        state = stopped.state_dict()
+        stopped.close()
+        resumed = made(second)
+        resumed.load_state_dict(state)
+        assert before + names(list(resumed)) == expected
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    size=st.integers(1, 30), buffer=st.integers(1, 40), batch_tokens=st.integers(1, 30), shuffle=st.booleans(),
+    stop=st.integers(0, 12),
+)  # fmt: skip
+def test_a_stream_resumes_anywhere_with_any_number_of_workers(size, buffer, batch_tokens, shuffle, stop):
+    options = {"buffer": buffer, "batch_tokens": batch_tokens, "shuffle": shuffle}
+    assert_resumes(lambda workers: stream_loader(Stream(size), workers, **options), stop)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 30), batch_tokens=st.integers(1, 30), stop=st.integers(0, 30))
+def test_a_stream_resumes_anywhere(size, batch_tokens, stop):
+    expected = names(list(stream_loader(Stream(size), batch_tokens=batch_tokens)))
+    stopped, resumed = (stream_loader(Stream(size), batch_tokens=batch_tokens) for _ in range(2))
+    before = names(list(itertools.islice(stopped, stop)))
+    resumed.load_state_dict(stopped.state_dict())
+    assert before + names(list(resumed)) == expected
+
+
+def test_a_stream_uses_every_sample_once_an_epoch():
+    loader = stream_loader(Stream(20), epochs=3)
+    used = [tree.where for step in loader for tree in step if len(tree) <= 8]
+    whole = [str(n) for n in range(20) if n % 4 != 3 or n * 5 % 12 + 1 <= 8]
+    assert {name: used.count(name) // used.count("0") for name in set(used)} == dict.fromkeys(whole, 1)
+    assert loader.counts.samples == 60
+    assert loader.counts.dropped + loader.counts.kept == 60
+    assert loader.counts.dropped == 3 * sum(1 for n in range(20) if n % 4 == 3 and n * 5 % 12 + 1 > 8) > 0
+
+
+def test_a_stream_without_shuffling_keeps_its_order():
+    loader = stream_loader(Stream(12, window=12), epochs=1, shuffle=False, batch_tokens=1)
+    assert [step[0].where for step in loader] == [str(n) for n in range(12)]
+
+
+def test_a_stream_is_shuffled_anew_each_epoch():
+    used = [step[0].where for step in stream_loader(Stream(12, window=12), batch_tokens=1, buffer=6)]
+    assert used[:12] != [str(n) for n in range(12)]
+    assert used[:12] != used[12:]
+    assert sorted(used[:12]) == sorted(used[12:])
+
+
+def test_resuming_a_stream_renders_nothing_twice():
+    stopped = stream_loader(Stream(30), epochs=1)
+    list(itertools.islice(stopped, 5))
+    feed = Stream(30)
+    resumed = stream_loader(feed, epochs=1)
+    resumed.load_state_dict(stopped.state_dict())
+    list(resumed)
+    assert len(feed.rendered) == 30 - stopped.state_dict()["index"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_stream_comes_after_all_before_it(workers):
+    loader = stream_loader(Stream(20, bad=9), workers, shuffle=False, batch_tokens=1)
+    read = []
+    with pytest.raises(DataError, match=r"^data\.jsonl:9: not JSON$"):
+        for step in loader:
+            read.extend(tree.where for tree in step)
+    # the last tree before the error waits to see whether another one fits into its step; sample 7 is dropped
+    assert list(dict.fromkeys(read)) == [str(n) for n in range(8) if n != 7 or n * 5 % 12 + 1 <= 8]
+
+
+def test_an_error_in_a_worker_is_a_clean_message():
+    with pytest.raises(DataError, match="^the template cannot render sample 9$"):
+        list(stream_loader(Stream(20, bad=9, render_fails=True), 2))
+    with pytest.raises(ModelError, match="^the template cannot render sample 9$"):
+        list(stream_loader(Stream(20, bad=9, render_fails=True), 0))
+
+
+class Nothing(Stream):
+    """A feed in which no token is trained."""
+
+    def render(self, sample: Sample) -> tuple[list[Tree], Counts]:
+        tree = a_tree(4, 0)
+        masked = Tree(tree.tokens, (np.zeros(4, np.float32),), (-1,))
+        return fit_sample([masked], 8, "split", where=sample.where)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("epochs", [None, 1])
+def test_a_stream_of_nothing_ends(workers, epochs):
+    with pytest.raises(DataError, match="none of the 6 samples can be trained on"):
+        next(stream_loader(Nothing(6), workers, epochs=epochs))
+    with pytest.raises(DataError, match="the stream has no samples"):
+        next(stream_loader(Stream(0), workers, epochs=epochs))
+
+
+def test_a_stream_that_became_shorter_is_an_error():
+    stopped = stream_loader(Stream(30), epochs=1)
+    list(itertools.islice(stopped, 8))
+    resumed = stream_loader(Stream(4), epochs=1)
+    resumed.load_state_dict(stopped.state_dict())
+    with pytest.raises(DataError, match="ended after 4 samples"):
+        next(resumed)
+
+
+def test_a_stream_has_no_length():
+    loader = stream_loader(Stream(3))
+    assert loader.steps_per_epoch is None
+    with pytest.raises(DataError, match="give steps"):
+        loader.total_steps(2)
+    with pytest.raises(DataError, match=r"read 1\.5 times"):
+        stream_loader(Stream(3), epochs=1.5)
+    with pytest.raises(DataError, match="streamed"):
+        loader.load_state_dict(Loader(the_trees(LENGTHS), batch_tokens=9, seed=0).state_dict())
