@@ -192,3 +192,12 @@ def select(pattern: str, names: Iterable[str], option: str) -> list[str]:
     known = [leaf for leaf in leaves if not leaf.isdigit()]
     hint = nearest(pattern, tails) or nearest(pattern.rpartition(".")[2], known) or f"names: {', '.join(known[:20])}"
     raise HoneError(f"{option}: '{pattern}' matches nothing in the model ({hint})")
+
+
+def task_type(model: nn.Module) -> str | None:
+    """Return what PEFT calls the task of a model, None for one that does not generate text."""
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate():
+        return None
+    config = getattr(model, "config", None)
+    return "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"

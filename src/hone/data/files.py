@@ -193,7 +193,7 @@ def _parse(text: str, file: Path, number: int) -> Any:
         near = text[max(0, error.pos - 20) : error.pos + 20].strip()
         raise DataError(
             f"{where}: not valid JSON: {error.msg} at column {error.colno}, near {near!r}. "
-            "Every row must be one JSON object with double-quoted names, such as {\"text\": \"...\"}."
+            'Every row must be one JSON object with double-quoted names, such as {"text": "..."}.'
         ) from error
 
 

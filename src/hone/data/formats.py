@@ -1,11 +1,11 @@
 """The known formats of rows, told from their column names, and the conversion of a row to a sample.
 
     format      columns (aliases) [optional]                         sample
-    pairs       chosen, rejected [prompt (question, instruction)]    pair of texts or turns; what both begin with is prompt
+    pairs       chosen, rejected [prompt (question, instruction)]    pair, of texts or turns; a shared start is prompt
     messages    messages (conversations, conversation) [system]      messages, of role/content or from/value turns
     alpaca      instruction, output (response) [input (context)]     completion, with the template of Stanford Alpaca
     completion  prompt, completion (response); or input, output      completion, joined exactly as they are
-    qa          question, answer                                     completion, "Question: Q" and "Answer: A" on two lines
+    qa          question, answer                                     completion, "Question: Q", then "Answer: A"
     text        text                                                 text
     prompt      prompt                                               prompt, for generation and on-policy learning
 
@@ -177,8 +177,9 @@ def _messages(cells: Cells) -> Sample:
         raise cells.fault("messages", "a conversation to begin with a user", "an assistant turn at its start", fix)
     if all(turn.role != "assistant" for turn in turns):
         recipe = f"format: prompt, columns: {{prompt: {cells.columns['messages']}}}"
-        found, fix = _quoted(sorted({t.role for t in turns})), f"Nothing could be trained; for prompts alone set {recipe}."
-        raise cells.fault("messages", "at least one assistant turn", f"only {found}", fix)
+        fix = f"Nothing could be trained; for prompts alone set {recipe}."
+        roles = _quoted(sorted({turn.role for turn in turns}))
+        raise cells.fault("messages", "at least one assistant turn", f"only {roles}", fix)
     return Sample("messages", prompt=turns)
 
 

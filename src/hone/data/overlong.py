@@ -90,22 +90,22 @@ class Counts:
         reasons = []
         if self.masked:
             reasons.append(
-                f"{self.masked:,} have no trained token, whatever the window: a conversation needs an assistant turn "
+                f"{self.masked:,} without any trained token, whatever the window: a conversation needs an assistant turn "
                 "and a completion needs an answer; see what is trained with: hone check RECIPE"
             )
         if cut := self.nothing_trained - self.masked:
             reasons.append(
-                f"{cut:,} have prompts that fill the window of {max_tokens} tokens, so that no answer is left in it; "
-                "raise max_tokens of the data"
+                f"{cut:,} whose prompt fills the window of {max_tokens} tokens, so that no answer is left in it; raise "
+                "max_tokens of the data"
             )
         if self.dropped:
             reasons.append(
-                f"{self.dropped:,} are longer than max_tokens={max_tokens} and are dropped; raise max_tokens of the "
-                "data or set its overlong to 'truncate'"
+                f"{self.dropped:,} longer than max_tokens={max_tokens} and dropped for it; raise max_tokens of the data "
+                "or set its overlong to 'truncate'"
             )
         places = [place for name in ("nothing_trained", "dropped") for place in self.examples.get(name, ())]
         raise DataError(
-            f"{places[0] if places else 'data'}: none of the {self.samples:,} samples can be trained on: "
+            f"{places[0] if places else 'data'}: not one sample of {self.samples:,} can be trained on: "
             f"{'; '.join(reasons)}{_such_as(places)}"
         )
 

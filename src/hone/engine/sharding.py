@@ -1,8 +1,8 @@
 """Fully sharded training: each process holds a share of every tensor, through torch's FSDP2.
 
-Decoder layers are gathered one at a time. Everything else (embeddings, norms, head) is the root group, which the language
-model's `hidden` gathers and the backward pass shares out again. Gradients are summed, not averaged: the loss is divided
-by the count of the whole step already.
+Decoder layers are gathered one at a time. Everything else (embeddings, norms, head) is the root group, which the
+language model's `hidden` gathers and the backward pass shares out again. Gradients are summed, not averaged: the loss
+is divided by the count of the whole step already.
 """
 
 from __future__ import annotations

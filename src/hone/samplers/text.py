@@ -124,9 +124,9 @@ class Sample:
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the (N, V) float64 distribution that tokens are drawn from, for (N, V) `logits`; needs temperature > 0.
+        """Return the (N, V) float64 distribution that tokens are drawn from, for (N, V) `logits`.
 
-        It is computed on the CPU when the logits are on a device without float64 (MPS).
+        The temperature must not be 0. It is computed on the CPU when `logits` are on a device without float64 (MPS).
         """
         logits = logits.cpu() if logits.device.type == "mps" else logits
         scores = logits.double()

@@ -1,4 +1,4 @@
-"""The key-value cache of generation: one copy of each prompt's keys for all its samples, preallocated room for the rest.
+"""The key-value cache of generation: one copy of a prompt's keys for all its samples, preallocated room for the rest.
 
 A decode step runs all N samples as one flat row of N tokens. Its attention sees, per sample, the shared prompt and the
 sample's own tokens so far, under one softmax:
@@ -15,32 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hone.errors import ModelError
+from hone.text.attention import Plan
 
 FIRST_CAPACITY = 32  # tokens per sample that buffers have room for at first; they double from there
-
-
-class Plan(Protocol):
-    """What attention is handed to: computes one layer's attention for a flat row of tokens."""
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Return (1, T, H, d) from query (1, H, T, d), key and value (1, Hkv, T, d)."""
 
 
 @dataclass
@@ -103,7 +85,8 @@ class DecodeCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
+        *,
+        scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
@@ -116,7 +99,7 @@ class DecodeCache:
             query: (1, H, N, d).
             key: (1, Hkv, N, d).
             value: (1, Hkv, N, dv).
-            scaling: factor on the scores.
+            scaling: factor on the scores, None for 1 / sqrt(d).
             dropout: ignored, as the model is in evaluation mode.
             sliding_window: a query sees itself and the `sliding_window - 1` positions before it; None sees all.
             softcap: scores become `softcap * tanh(scores / softcap)`.
@@ -125,6 +108,8 @@ class DecodeCache:
         Returns:
             (1, N, H, dv) attention outputs.
         """
+        # Under autocast the values are in low precision already, while rotary embeddings may have widened the others.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         layer = self.layers[module]
         self._append(layer, key[0], value[0])
         columns, now = layer.prompt_key.shape[2], layer.filled
@@ -132,6 +117,7 @@ class DecodeCache:
         near = columns if sliding_window is None else min(columns, max(0, sliding_window - now))
         begin = 0 if sliding_window is None else max(0, now - sliding_window)
         heads, rows = key.shape[1], key.shape[2]
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         queries = (query[0] * scaling).unflatten(0, (heads, -1)).transpose(1, 2)  # (Hkv, N, H / Hkv, d)
 
         shared = self._spread(queries) @ layer.prompt_key[:, :, columns - near :].transpose(-1, -2)
@@ -223,8 +209,8 @@ class DecodeCache:
         full = len(self.owner) == len(counts) * self.per_prompt
         self.cells = None if full else self.owner * self.per_prompt + rank
         column = torch.arange(self.width, device=counts.device)
-        padding = column < self.width - self.lengths[:, None]
-        self.padding = padding.repeat_interleave(1, 0) if bool(padding.any()) else None
+        padding = column < self.width - self.lengths[:, None]  # (prompts, width)
+        self.padding = padding if bool(padding.any()) else None
 
     def _spread(self, rows: Tensor) -> Tensor:
         """(Hkv, N, r, k) per sample to (Hkv, prompts, samples * r, k) per prompt; cells without a sample hold zeros."""
@@ -264,7 +250,8 @@ class PromptPlan:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scaling: float,
+        *,
+        scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
         softcap: float | None = None,
@@ -272,7 +259,9 @@ class PromptPlan:
     ) -> Tensor:
         """Store keys and values and return what the wrapped plan computes; the arguments are those of `Plan.attend`."""
         reach = self.cache.width if sliding_window is None else min(self.cache.width, sliding_window - 1)
-        self.cache.store(module, key[0], value[0], self.first, self.index[:, self.cache.width - reach :])
+        index = self.index[:, self.cache.width - reach :]
+        self.cache.store(module, key[0].to(value.dtype), value[0], self.first, index)
         return self.plan.attend(
-            module, query, key, value, scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, sinks=sinks
-        )
+            module, query, key, value,
+            scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip

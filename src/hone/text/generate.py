@@ -40,7 +40,7 @@ class Generation:
 
     Args:
         tokens: (n,) int32 ids of the answer, without the prompt and without the stop token.
-        logprobs: (n,) log-probability of each, in float32, or float64 for a float64 model.
+        logprobs: (n,) float64 log-probability of each.
         stopped: whether a stop token ended it; False when it ran out of `max_new_tokens` or of the model's context.
         stop_token: the stop token that was drawn, -1 when none was.
         stop_logprob: log-probability of drawing it, NaN when none was.
@@ -155,7 +155,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 class _Draws:
-    """Picks the tokens of N samples, step by step, and keeps what was picked; row i * samples + j is sample j of prompt i.
+    """Picks the tokens of N samples, step by step, and keeps them; row i * samples + j is sample j of prompt i.
 
     Its state lives on the CPU in numpy: one step's worth is a few hundred bytes.
     """
@@ -168,21 +168,20 @@ class _Draws:
         self.prompts, self.room = np.repeat(prompts, samples), np.repeat(room, samples)
         self.keys = _keys(seed, self.prompts, np.tile(np.arange(samples), len(prompts)))
         self.tokens = np.zeros((rows, int(room.max())), dtype=np.int32)
-        self.logprobs: np.ndarray | None = None
+        self.logprobs = np.zeros(self.tokens.shape)
         self.lengths = np.zeros(rows, dtype=np.int64)  # tokens drawn, 0 while it runs
         self.on_finish: Callable[[int], None] = lambda count: None
 
     def take(self, logits: Tensor, rows: np.ndarray, step: int) -> Tensor:
         """Pick token `step` of each row from its logits (n, V); rows that ended before are picked for, not kept."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        uniforms = torch.from_numpy(_uniforms(self.keys[rows], step))
-        ids = self.sampler(logits, uniforms.to(logits.device, torch.promote_types(logits.dtype, torch.float32)))
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+        uniforms = torch.from_numpy(_uniforms(self.keys[rows], step, 24 if wide == torch.float32 else 53))
+        ids = self.sampler(logits, uniforms.to(wide).to(logits.device))
         logprobs = (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)).cpu().numpy()
         if not np.isfinite(logprobs).all():
             prompt = self.prompts[rows[~np.isfinite(logprobs)][0]]
             raise NumericError(f"the logits of generated token {step} after prompt {prompt} are not finite")
-        if self.logprobs is None:
-            self.logprobs = np.zeros(self.tokens.shape, dtype=logprobs.dtype)
         running = self.lengths[rows] == 0
         picked, mine = ids.cpu().numpy()[running], rows[running]
         self.tokens[mine, step], self.logprobs[mine, step] = picked, logprobs[running]
@@ -198,7 +197,6 @@ class _Draws:
         return [made[i : i + samples] for i in range(0, len(made), samples)]
 
     def _generation(self, row: int) -> Generation:
-        assert self.logprobs is not None
         count = int(self.lengths[row])
         tokens, logprobs = self.tokens[row, :count].copy(), self.logprobs[row, :count].copy()
         if not np.isin(tokens[-1], self.stop):
@@ -230,7 +228,7 @@ def _decode(model: LanguageModel, prompts: list[np.ndarray], samples: int, draws
 
 
 def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache) -> Tensor:
-    """Run the prompts as a packed forest, a bounded number of tokens at a time; return (prompts, V) logits of the next."""
+    """Run the prompts as packed forests of bounded size; return the (prompts, V) logits of what follows each."""
     device = next(model.parameters()).device
     logits: list[Tensor] = []
     first = 0
@@ -300,6 +298,6 @@ def _keys(seed: int, prompts: np.ndarray, samples: np.ndarray) -> np.ndarray:
     return _advance(_advance(_mix(root), prompts), samples)
 
 
-def _uniforms(keys: np.ndarray, step: int) -> np.ndarray:
-    """Return number `step` of each stream: (N,) float64 in [0, 1), multiples of 2^-53."""
-    return (_advance(keys, np.full(len(keys), step)) >> np.uint64(11)) * 2.0**-53
+def _uniforms(keys: np.ndarray, step: int, bits: int = 53) -> np.ndarray:
+    """Return number `step` of each stream: (N,) float64 in [0, 1), multiples of 2^-bits."""
+    return (_advance(keys, np.full(len(keys), step)) >> np.uint64(64 - bits)) * 2.0**-bits

@@ -319,7 +319,7 @@ class _Sweep:
         to_hidden = torch.empty_like(self.hidden) if train and self.to_hidden else None
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             sums = [torch.zeros_like(p, dtype=_at_least_single(p.dtype)) for p in self.parameters if train]
-            layer = _LinearPass(self, rows, sums) if self.plain else _GeneralPass(self, train, sums)
+            layer = _LinearPass(self, rows, sums) if self.plain else _GeneralPass(self, rows, sums, train)
             for begin in range(0, count, rows):
                 chunk = slice(begin, min(begin + rows, count))
                 logits = layer.logits(self.hidden[chunk])
@@ -361,12 +361,12 @@ class _LinearPass:
         linear: Any = sweep.head.linear
         self.weight = linear.weight.detach().to(self.dtype)
         self.bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
-        self.buffer = self.weight.new_empty(rows, sweep.vocabulary)
+        self.buffer = self.weight.new_empty(1 if self.head.soft_cap is None else 2, rows, sweep.vocabulary)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (n, V) of hidden states (n, D), in memory that the next call uses again."""
         self.hidden = hidden.to(self.dtype)
-        logits = self.buffer[: len(hidden)]
+        logits = self.buffer[0, : len(hidden)]
         if self.bias is None:
             torch.mm(self.hidden, self.weight.t(), out=logits)
         else:
@@ -376,7 +376,7 @@ class _LinearPass:
         if self.head.soft_cap is None:
             return logits
         self.squashed = logits.div_(self.head.soft_cap).tanh_()
-        return self.squashed * self.head.soft_cap
+        return torch.mul(self.squashed, self.head.soft_cap, out=self.buffer[1, : len(hidden)])
 
     def take_back(self, gradient: Tensor, into: Tensor | None) -> None:
         """Take d/dlogits (n, V), which is destroyed, back to the hidden states and add it to the parameters' sums."""
@@ -402,23 +402,27 @@ class _LinearPass:
 class _GeneralPass:
     """A pass through any other head: autograd goes back through each chunk, to whatever trains in its graph."""
 
-    def __init__(self, sweep: _Sweep, train: bool, sums: list[Tensor]) -> None:
-        """Keep the head's graph only if `train`; parameters' gradients will be added to `sums`."""
+    def __init__(self, sweep: _Sweep, rows: int, sums: list[Tensor], train: bool) -> None:
+        """Make room for chunks of at most `rows` rows; parameters' gradients will be added to `sums` if `train`."""
         self.head, self.parameters, self.autocast = sweep.head, sweep.parameters, sweep.autocast
-        self.train, self.sums = train, sums
+        self.sums, self.train = sums, train
+        self.graph: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self.buffer = sweep.hidden.new_empty(rows, sweep.vocabulary, dtype=sweep.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return a copy of the logits (n, V) of hidden states (n, D), since the head's graph may need the original."""
-        self.leaf = hidden.detach().requires_grad_(self.train)
+        leaf = hidden.detach().requires_grad_(self.train)
         cast = torch.autocast(hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None)
         with torch.set_grad_enabled(self.train), cast:
-            self.output = self.head(self.leaf)
-        return self.output.detach().clone()
+            output = self.head(leaf)
+        self.graph = (output, (leaf, *self.parameters)) if self.train else None
+        return self.buffer[: len(hidden)].copy_(output.detach())
 
     def take_back(self, gradient: Tensor, into: Tensor | None) -> None:
         """Take d/dlogits (n, V) back to the hidden states and add it to the parameters' sums."""
-        inputs = (self.leaf, *self.parameters)
-        first, *rest = torch.autograd.grad(self.output, inputs, gradient, materialize_grads=True)
+        assert self.graph is not None
+        (output, inputs), self.graph = self.graph, None  # freed before the next chunk makes its own
+        first, *rest = torch.autograd.grad(output, inputs, gradient, materialize_grads=True)
         if into is not None:
             into.copy_(first)
         for total, part in zip(self.sums, rest, strict=True):

@@ -1,0 +1,321 @@
+"""Low-rank adapters: LoRA, rank-stabilised LoRA and DoRA, in PEFT's LORA format."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, TypeVar, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from hone.adapters.base import matches, select
+from hone.adapters.host import Host
+from hone.adapters.layers import Layout, Lookup, Transposed, Wrapped
+from hone.errors import HoneError, nearest
+from hone.parts import part
+
+T = TypeVar("T")
+# Initialisations after which the base weights are the pretrained ones, so that the saved tensors say everything.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+# Entries of adapter_config.json that are read, or that do not change what the saved tensors compute.
+_KNOWN = frozenset(
+    "peft_type task_type base_model_name_or_path inference_mode revision auto_mapping peft_version r lora_alpha "
+    "lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora use_dora modules_to_save bias "
+    "fan_in_fan_out init_lora_weights layers_to_transform layers_pattern loftq_config eva_config corda_config "
+    "lora_ga_config runtime_config megatron_core qalora_group_size ensure_weight_tying".split()
+)
+
+
+class LowRank(Wrapped):
+    """W x + s B A x, with W frozen.
+
+    Args:
+        base: the layer that the factors go around.
+        layout: how the layer stores its weight.
+        rank: rows of A and columns of B.
+        alpha: numerator of the scale s.
+        stabilized: s = alpha / sqrt(rank) instead of alpha / rank.
+        dropout: probability of dropping an input of A in training.
+    """
+
+    def __init__(
+        self, base: nn.Module, layout: Layout, *, rank: int, alpha: float, stabilized: bool, dropout: float
+    ) -> None:
+        """Make room for the factors."""
+        super().__init__(base, layout)
+        weight = cast(Tensor, base.weight)
+        # Half precision swallows small optimizer steps, so factors have at least float32.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        down, up = layout.shapes(weight, rank)
+        self.lora_A = nn.Parameter(torch.zeros(down, dtype=dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(up, dtype=dtype, device=weight.device))
+        self.rank, self.alpha, self.stabilized, self.dropout = rank, alpha, stabilized, dropout
+        self.scale = alpha / (math.sqrt(rank) if stabilized else rank)
+
+    def delta(self) -> Tensor:
+        """Return s B A, (out, in)."""
+        return self.lora_B.flatten(1) @ self.lora_A.flatten(1) * self.scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return both factors under PEFT's names."""
+        if isinstance(self.layout, Lookup):
+            return {"lora_embedding_A": self.lora_A, "lora_embedding_B": self.lora_B}
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """Return W x + b + s B A x, the low-rank term added in place."""
+        rows = self.layout.rows(x)
+        out = self.layout.output(self.base_layer, rows)
+        return self.layout.restore(self.add(out, self.drop(rows)), x)
+
+    def add(self, out: Tensor, rows: Tensor) -> Tensor:
+        """Add s B A x to an output in place."""
+        inner = self.layout.project(self.base_layer, rows, self.lora_A.to(out.dtype))
+        return self.layout.add(out, inner, self.lora_B.to(out.dtype), self.scale)
+
+    def drop(self, rows: Tensor) -> Tensor:
+        """Apply dropout in training; token ids have none, as in PEFT."""
+        if self.dropout and self.training and rows.is_floating_point():
+            return nn.functional.dropout(rows, self.dropout)
+        return rows
+
+
+class Decomposed(LowRank):
+    """g (W + s B A) x with g = m / |W + s B A|, the norm taken per row and held constant in the backward pass."""
+
+    def reset_magnitude(self) -> None:
+        """Start m at the norm of the rows, so that g = 1."""
+        self.lora_magnitude_vector = nn.Parameter(self.layout.lift(self.norm(), cast(Tensor, self.base_layer.weight)))
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Return the norm of every row of W + s B A, (out,)."""
+        down, up = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        direction = torch.addmm(self.matrix().to(down.dtype), up, down, alpha=self.scale)
+        return torch.linalg.vector_norm(direction, dim=1)
+
+    def gain(self) -> Tensor:
+        """Return g, (out,)."""
+        return self.lora_magnitude_vector.flatten() / self.norm()
+
+    def effective(self) -> Tensor:
+        """Return g (W + s B A), (out, in)."""
+        return self.gain()[:, None] * super().effective()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the factors and the magnitudes under PEFT's names."""
+        return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """Return g (W + s B A) x + b.
+
+        Dropout thins the input of what DoRA adds to the base, (g - 1) W x + g s B A x, as in the official code.
+        """
+        layout, base = self.layout, self.base_layer
+        rows = layout.rows(x)
+        dropped = self.drop(rows)
+        plain = layout.product(base, dropped)
+        bias = getattr(base, "bias", None)
+        gain = layout.lift(self.gain().to(plain.dtype), cast(Tensor, base.weight))
+        if dropped is not rows:
+            rest = layout.output(base, rows) - plain
+        elif bias is not None:
+            rest = layout.lift(bias.to(plain.dtype), cast(Tensor, base.weight))
+        else:
+            return layout.restore(self.add(plain, dropped) * gain, x)
+        return layout.restore(torch.addcmul(rest, self.add(plain, dropped), gain), x)
+
+
+@part(
+    "adapter",
+    "lora",
+    papers=[
+        ("LoRA: Low-Rank Adaptation of Large Language Models", "arXiv:2106.09685"),
+        ("A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", "arXiv:2312.03732"),
+        ("DoRA: Weight-Decomposed Low-Rank Adaptation", "arXiv:2402.09353"),
+    ],
+    claim="Training low-rank updates of the linear layers alone comes as far as training all weights, with fewer than "
+    "a hundredth of the trained parameters.",
+    deviations="The scale is alpha / rank with alpha = 2 rank by default; the paper sets alpha to the first rank tried.",
+)
+@dataclass(kw_only=True)
+class LoRA(Host):
+    """Add a trained low-rank product to frozen weight matrices.
+
+    W' = W + s B A with A (rank, in), B (out, rank), s = alpha / rank. A starts uniform in +-1 / sqrt(in) and B at zero;
+    in an embedding A starts at zero and B normal.
+
+    Args:
+        rank: rank of the product.
+        alpha: numerator of the scale; None means 2 rank, and 16 with `rank_stabilized`, whose point is that alpha
+            does not grow with the rank.
+        dropout: probability of dropping an input of A in training; none for embeddings.
+        rank_pattern: pattern of layers to their rank.
+        alpha_pattern: pattern of layers to their alpha.
+        rank_stabilized: s = alpha / sqrt(rank), which keeps the size of the update when the rank grows (rsLoRA).
+        weight_decomposed: train the norm of each row of W' apart from its direction (DoRA).
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = field(default_factory=dict)
+    rank_stabilized: bool = False
+    weight_decomposed: bool = False
+
+    peft_type: ClassVar[str] = "LORA"
+
+    def chosen(self, model: nn.Module) -> list[str]:
+        """Return the names of the layers to adapt; every pattern of a rank or an alpha must name some of them."""
+        names = super().chosen(model)
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option):
+                select(pattern, names, f"adapter.{option}")
+        return names
+
+    def wrap(self, name: str, base: nn.Module, layout: Layout) -> LowRank:
+        """Return the layer with its factors initialised.
+
+        Args:
+            name: dotted name of the layer.
+            base: the layer.
+            layout: how it stores its weight.
+
+        Raises:
+            HoneError: the rank is more than the rank that the matrix can have.
+        """
+        rank = _lookup(self.rank_pattern, name, self.rank)
+        outputs, inputs = layout.matrix(cast(Tensor, base.weight)).shape
+        if rank > min(outputs, inputs):
+            raise HoneError(
+                f"adapter.rank: {rank} is more than the matrix of '{name}' can have, which is {outputs} x {inputs}; "
+                f"lower it, exclude the layer, or set rank_pattern: {{{name}: {min(outputs, inputs)}}}"
+            )
+        default = (16.0 if self.rank_stabilized else 2.0 * rank) if self.alpha is None else self.alpha
+        alpha = _lookup(self.alpha_pattern, name, default)
+        kind = Decomposed if self.weight_decomposed else LowRank
+        layer = kind(
+            base, layout, rank=rank, alpha=alpha, stabilized=self.rank_stabilized, dropout=self.dropout
+        )
+        self.initialise(layer)
+        if isinstance(layer, Decomposed):
+            layer.reset_magnitude()
+        return layer
+
+    @torch.no_grad()
+    def initialise(self, layer: LowRank) -> None:
+        """Set the factors of a fresh layer, which are zero, so that their product is zero.
+
+        Numbers are drawn on the CPU in float32: one seed gives one start on every device and in every precision.
+        """
+        if isinstance(layer.layout, Lookup):
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape))
+        else:
+            layer.lora_A.copy_(nn.init.kaiming_uniform_(torch.empty(layer.lora_A.shape), a=math.sqrt(5)))
+
+    def config(self, layers: dict[str, Any]) -> dict[str, Any]:
+        """Return what PEFT's LoraConfig needs to rebuild the layers."""
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        alphas = {name: _plain(layer.alpha) for name, layer in layers.items()}
+        rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        any_layer = next(iter(layers.values()))
+        return {
+            "r": rank, "lora_alpha": alpha, "lora_dropout": any_layer.dropout, "init_lora_weights": True,
+            "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            "use_rslora": any_layer.stabilized, "use_dora": isinstance(any_layer, Decomposed),
+            "fan_in_fan_out": any(type(layer.layout) is Transposed for layer in layers.values()),
+        }  # fmt: skip
+
+    def rebuild(self, model: nn.Module, config: dict[str, Any], saved: dict[str, Tensor]) -> None:
+        """Attach to a plain model the layers that the saved keys name, with the settings of the configuration.
+
+        Args:
+            model: a plain network.
+            config: what adapter_config.json says.
+            saved: the saved tensors by key.
+
+        Raises:
+            HoneError: the model lacks such a layer, a listed target has no tensors, or the adapter uses something
+                that this part does not have.
+        """
+        _check_known(config)
+        ranks = {key.rpartition(mark)[0]: len(tensor) for key, tensor in saved.items()
+                 for mark in (".lora_A.weight", ".lora_embedding_A") if key.endswith(mark)}  # fmt: skip
+        modules = dict(model.named_modules())
+        if lost := [name for name in ranks if name not in modules]:
+            hint = nearest(lost[0], modules)
+            raise HoneError(f"the adapter was made for another model: this one has no layer '{lost[0]}'. {hint}".strip())
+        listed = config.get("target_modules")
+        if isinstance(listed, list) and (empty := [t for t in listed if not any(matches(t, name) for name in ranks)]):
+            raise HoneError(f"the adapter's file has no tensors for its target modules {', '.join(empty[:8])}")
+        also = [m for m in config.get("modules_to_save") or [] if any(matches(m, name) for name in modules)]
+        bias = config.get("bias", "none")
+        LoRA(
+            rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), rank_pattern=ranks,
+            alpha_pattern={name: _saved_alpha(config, name) for name in ranks}, train_also=also,
+            rank_stabilized=bool(config.get("use_rslora")), weight_decomposed=bool(config.get("use_dora")),
+            bias="adapted" if bias == "lora_only" else bias,
+        ).install(model, [name for name in modules if name in ranks])  # fmt: skip
+
+    def verify(self, layers: dict[str, Any], config: dict[str, Any]) -> None:
+        """Check that the scale of every layer is the one that the factors were trained with.
+
+        Args:
+            layers: adapted layers by name.
+            config: what adapter_config.json says.
+
+        Raises:
+            HoneError: a scale differs, or the adapter uses something that this part does not have.
+        """
+        _check_known(config)
+        for name, layer in layers.items():
+            divisor = math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank
+            scale = _saved_alpha(config, name) / divisor
+            if not math.isclose(scale, layer.scale):
+                raise HoneError(
+                    f"the adapter was trained with scale {scale:g} in '{name}', this one has {layer.scale:g}; set "
+                    "adapter.alpha and adapter.rank_stabilized as they were"
+                )
+
+
+def _lookup(table: dict[str, T], name: str, default: T) -> T:
+    """Return the entry of a name: its own, else that of the first pattern that matches, else the default."""
+    if name in table:
+        return table[name]
+    return next((value for pattern, value in table.items() if matches(pattern, name)), default)
+
+
+def _saved_alpha(config: dict[str, Any], name: str) -> float:
+    """Return a layer's alpha as PEFT finds it: by the first key of alpha_pattern that ends its name."""
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return float(alpha)
+    return float(config["lora_alpha"])
+
+
+def _check_known(config: dict[str, Any]) -> None:
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise HoneError(
+            f"the adapter started from changed base weights (init_lora_weights={start!r}), which are not in its file; save "
+            "it from PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it"
+        )
+    unknown = [key for key, value in config.items() if value and key not in _KNOWN]
+    if unknown:
+        raise HoneError(f"the adapter uses {', '.join(unknown)}, which 'lora' does not have; use adapter 'peft:lora'")
+
+
+def _most_common(values: Iterable[T]) -> T:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _plain(number: float) -> float:
+    """Return 16 for 16.0: PEFT's alpha is an integer where it can be."""
+    return int(number) if float(number).is_integer() else number

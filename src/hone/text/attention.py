@@ -1,0 +1,339 @@
+"""Exact attention over the packed tree, for unmodified Hugging Face models.
+
+transformers lets anyone register an attention function (`AttentionInterface`) and a mask function
+(`AttentionMaskInterface`); keyword arguments of a model's forward reach every attention layer. Under the name "hone"
+one function is registered here that hands queries, keys and values to the object passed as `plan=`:
+
+    model.set_attn_implementation("hone")
+    decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, plan=TreePlan(batch))
+
+`TreePlan` serves packed batches; `DecodeCache` (`text/generate.py`) serves generation. Without a plan the function is
+plain causal attention, so that `model(input_ids)` and `model.generate` keep working on the same object.
+
+With S segments cut out of T tokens, a token at position i of the chain sees the keys at positions j of the same chain
+with 0 <= i - j, and i - j < window where the layer has a sliding window. That is computed in one of three ways:
+
+- on the CPU as causal and full blocks of fused attention, merged by their log-sum-exps (`text/blocks.py`);
+- on CUDA by flex attention with a block mask (`text/flex.py`);
+- everywhere else, and for soft caps, attention sinks, dropout and windows that bite, segment by segment on the gathered
+  keys of its chain, segments of equal shape in one batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from hone.errors import ModelError
+from hone.text.blocks import Block, block_attention, can_use_blocks
+from hone.text.flex import Intervals, can_use_flex, flex_tree_attention
+from hone.text.pack import Packed
+
+NAME = "hone"  # what the attention function is called in transformers' registries
+
+
+class PackingError(ModelError):
+    """A model asks its attention for something that packed attention cannot give."""
+
+
+class Plan(Protocol):
+    """What the keyword argument `plan` of a model's forward must offer."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        dropout: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Return the attention output of one layer.
+
+        Args:
+            module: the attention layer; `module.layer_idx` tells which.
+            query: (B, H, T, d).
+            key: (B, H', T, d), H' a divisor of H.
+            value: (B, H', T, d').
+            scaling: factor on the scores, None for 1 / sqrt(d).
+            dropout: probability of dropping an attention weight, 0 outside training.
+            sliding_window: a token sees keys at most `sliding_window - 1` positions back; None for no limit.
+            softcap: scores become softcap tanh(scores / softcap); None for no cap.
+            sinks: (H,) score of one more key whose value is 0, None for none.
+
+        Returns:
+            (B, T, H, d').
+        """
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    plan: Plan | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend as `plan` says; this is the function that transformers calls in every layer.
+
+    Args:
+        module: the attention layer.
+        query: (B, H, T, d).
+        key: (B, H', K, d).
+        value: (B, H', K, d').
+        attention_mask: None with a plan; without one also a mask (B, 1, T, K), boolean or additive.
+        plan: who attends; None for causal attention over rows.
+        scaling: see `Plan.attend`, as are the next four.
+        dropout: probability of dropping an attention weight.
+        sliding_window: width of the window in tokens.
+        softcap: cap on the scores.
+        s_aux: sinks, under the name that transformers gives them.
+        others: what else the layer passes on; only what would change the result is looked at.
+
+    Returns:
+        The output (B, T, H, d'), and None for the attention weights.
+
+    Raises:
+        PackingError: the layer is not causal, adds a bias to its scores, or brings a mask of its own.
+    """
+    if others.get("position_bias") is not None:
+        raise PackingError(f"{type(module).__name__} adds a position bias to its scores")
+    if others.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise PackingError(f"{type(module).__name__} attends in both directions")
+    if plan is None:
+        if attention_mask is None:
+            attention_mask = visible_keys(query.shape[2], key.shape[2], sliding_window, query.device)
+        return masked_attention(query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
+    if attention_mask is not None:
+        raise PackingError(f"{type(module).__name__} brings an attention mask of its own")
+    output = plan.attend(
+        module, query, key, value,
+        scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, sinks=s_aux,
+    )  # fmt: skip
+    return output, None
+
+
+def attention_mask(*, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
+    """Make the mask for rows with padding; nothing for a plan, or for rows without padding.
+
+    Args:
+        attention_mask: (B, K) true at tokens that are not padding, None where nothing is padded.
+        arguments: what else transformers gives to a mask function.
+    """
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **arguments)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, attention_mask)
+
+
+class TreePlan:
+    """Attention over one packed batch; built once, used by every layer."""
+
+    def __init__(self, batch: Packed) -> None:
+        """Lay out the forest: what each segment's chain is and which blocks of scores are needed.
+
+        Args:
+            batch: the packed forest.
+        """
+        starts, parents = _joined(batch)
+        self.tokens = starts[-1]
+        self.lengths = [end - start for start, end in pairwise(starts)]
+        self.chains: list[list[int]] = []
+        groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, parent in enumerate(parents):
+            above = self.chains[parent] if parent >= 0 else []
+            self.chains.append([*above, index])
+            groups[self.lengths[index], sum(self.lengths[i] for i in above)].append(index)
+        self.groups = dict(groups)
+        self.longest = max(own + before for own, before in self.groups)
+        self.blocks = _blocks(starts, self.chains)
+        self.intervals = Intervals(starts, parents, batch.positions)
+        self.masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Return the attention output (1, T, H, d') of one layer; see `Plan.attend`, with B = 1.
+
+        Raises:
+            PackingError: the layer does not see the packed row as it is.
+        """
+        if query.shape[0] != 1 or query.shape[2] != self.tokens or key.shape[2] != self.tokens:
+            raise PackingError(f"{type(module).__name__} makes {tuple(query.shape)} of a row of {self.tokens} tokens")
+        # Under autocast the values are in low precision already, while rotary embeddings may have widened the others.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = sliding_window if sliding_window is not None and sliding_window < self.longest else None
+        if sinks is None and dropout == 0:
+            if window is None and softcap is None and can_use_blocks(query, key, value):
+                return block_attention(query, key, value, self.blocks, scaling)
+            if can_use_flex(query, value):
+                return flex_tree_attention(query, key, value, self.intervals, scaling, window, softcap)
+        return self._by_chains(query, key, value, scaling, dropout, window, softcap, sinks)
+
+    def _by_chains(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        dropout: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attend segment by segment to the gathered keys of its chain, segments of equal shape in one batch.
+
+        The split is one operation whose backward pass is one concatenation; a slice per segment would zero and add
+        a whole row per segment.
+        """
+        queries, keys, values = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
+        outputs: dict[int, Tensor] = {}
+        for (own, before), members in self.groups.items():
+            rows = _cat([queries[i] for i in members], 0)
+            seen = [_cat([_cat([x[j] for j in self.chains[i]], 2) for i in members], 0) for x in (keys, values)]
+            if (own, before, window) not in self.masks:
+                self.masks[own, before, window] = visible_keys(own, own + before, window, query.device)
+            mask = self.masks[own, before, window]
+            made = masked_attention(rows, seen[0], seen[1], mask, scaling, dropout, softcap, sinks)
+            outputs.update(zip(members, made.split(1), strict=True))
+        return torch.cat([outputs[i] for i in range(len(outputs))], dim=1)
+
+
+def visible_keys(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys each query sees where the queries are the last of the keys, or None for plain causal order.
+
+    Args:
+        queries: Q, number of queries.
+        keys: K >= Q, number of keys.
+        window: a query sees the key of its own position and `window - 1` before; None for no limit.
+        device: where the mask will be used.
+
+    Returns:
+        (Q, K) boolean; None when Q = K and the window does not bite.
+    """
+    if queries == keys and (window is None or window >= keys):
+        return None
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return causal if window is None else causal.triu(keys - queries - window + 1)
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return softmax([cap(scaling Q K^T) + mask, sinks]) [V; 0] for rows that all have the same length.
+
+    Args:
+        query: (B, H, Q, d).
+        key: (B, H', K, d).
+        value: (B, H', K, d').
+        mask: broadcast to (B, H, Q, K); boolean, true where a key is seen, or additive; None for causal order, Q = K.
+        scaling: factor on the scores, None for 1 / sqrt(d).
+        dropout: probability of dropping an attention weight.
+        softcap: cap on the scores, None for no cap.
+        sinks: (H,) scores of a key whose value is 0, None for none.
+
+    Returns:
+        (B, Q, H, d').
+    """
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    if softcap is None and sinks is None:
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+        return output.transpose(1, 2)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    # Low precision is widened for the softmax; float64 stays what it is, where transformers would round to float32.
+    weights = scores.softmax(-1, dtype=torch.float32 if scores.itemsize < 4 else None).to(value.dtype)
+    weights = drop(weights[..., : key.shape[2]], dropout)
+    return (weights @ value).transpose(1, 2)
+
+
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate without copying a part that is alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _joined(batch: Packed) -> tuple[list[int], list[int]]:
+    """Return starts and parents of the forest with every only child that follows its parent joined to it.
+
+    The chain of a token stays the same, so attention does; a conversation in many segments becomes one.
+    """
+    starts, parents = batch.starts.tolist(), batch.parents.tolist()
+    children = [0] * len(parents)
+    for parent in parents:
+        if parent >= 0:
+            children[parent] += 1
+    new_starts: list[int] = []
+    new_parents: list[int] = []
+    place: list[int] = []  # of each old segment among the new ones
+    for index, parent in enumerate(parents):
+        if parent < 0 or parent != index - 1 or children[parent] > 1:
+            new_starts.append(starts[index])
+            new_parents.append(place[parent] if parent >= 0 else -1)
+        place.append(len(new_starts) - 1)
+    return [*new_starts, starts[-1]], new_parents
+
+
+def _blocks(starts: list[int], chains: list[list[int]]) -> list[Block]:
+    """Return the blocks of scores: each segment on itself, then each run of descendants on their common ancestor."""
+    blocks = [Block(start, end, start, end, causal=True) for start, end in pairwise(starts)]
+    runs: dict[int, list[tuple[int, int]]] = {}
+    for index, chain in enumerate(chains):
+        start, end = starts[index], starts[index + 1]
+        for ancestor in chain[:-1]:
+            found = runs.setdefault(ancestor, [])
+            if found and found[-1][1] == start:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
+    for ancestor, found in runs.items():
+        blocks.extend(Block(start, end, starts[ancestor], starts[ancestor + 1], causal=False) for start, end in found)
+    return blocks

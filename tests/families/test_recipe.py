@@ -1,0 +1,121 @@
+"""Recipes: every mistake is found at once, before any model is loaded, with its line and the nearest right name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hone.errors import RecipeError
+from hone.recipe import Recipe, dump, shipped
+
+GOOD = """\
+model: base
+data: chains
+adapter: {name: lora, rank: 4}
+optimizer:
+  name: adamw
+  lr: 1e-4
+steps: 10
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(write(folder, text), overrides)
+    root = f"{folder / 'mine.yaml'}:"
+    return [str(problem).removeprefix(root) for problem in caught.value.problems]
+
+
+def test_a_good_recipe_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, GOOD))
+    assert recipe.name == "mine" and recipe.steps == 10
+    assert recipe.build("optimizer").lr == 1e-4 and recipe.build("adapter").rank == 4
+    assert Recipe.load(write(tmp_path, dump(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("steps: 10", "stpes: 10"), "7: stpes: unknown option (did you mean 'steps'?)"),
+        (("lora, rank: 4", "lora, rnak: 4"), "3: adapter.rnak: unknown option (did you mean 'rank'?)"),
+        (("rank: 4", "rank: four"), "3: adapter.rank: expected a integer, got 'four'"),
+        (("rank: 4", "rank: true"), "3: adapter.rank: expected a integer, got True"),
+        (("lr: 1e-4", "lr: -1e-4"), "6: optimizer.lr: expected greater than 0, got -0.0001"),
+        (("name: adamw", "name: adamv"), "4: optimizer: there is no optimizer called 'adamv' (did you mean 'adamw'?)"),
+        (("data: chains", "data: chain"), "2: data: there is no data called 'chain' (did you mean 'chains'?)"),
+        (("steps: 10", "steps: 10\nepochs: 2"), "8: epochs: is given together with 'steps'; give one of them"),
+        (("steps: 10", "steps: 10\nmicro_tokens: 9999"), "8: micro_tokens: expected at most batch_tokens (4096), got 9999"),
+        (("steps: 10", "steps: 10\nsteps: 11"), "8: steps: is given twice"),
+        (("steps: 10", "steps: 10\nfinal: best"), "8: final: 'best' needs evaluations during the run (set eval_every)"),
+        (("steps: 10", "steps: 10\nprecision: fp32"), "8: precision: expected 'auto', 'float32', 'bf16' or 'float64', got 'fp32'"),
+    ],
+)  # fmt: skip
+def test_one_mistake_one_message(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
+    found = problems(tmp_path, GOOD.replace(*change))
+    assert expected in [line.replace(" (did you mean 'float32'?)", "") for line in found]
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("rank: 4", "rank: 0").replace("adamw", "adamx").replace("steps: 10", "step: 10")
+    found = problems(tmp_path, text, "schedule.warmup=-1")
+    assert len(found) == 5
+    assert any(line.startswith("--set: schedule.warmup: ") for line in found)
+    assert any("steps: is required and was not given (or give 'epochs')" in line for line in found)
+
+
+def test_a_missing_model_folder_and_data_file_are_found_before_loading(tmp_path: Path) -> None:
+    (tmp_path / "llama-small").mkdir()
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n')
+    text = GOOD.replace("model: base", f"model: {tmp_path}/llama-smal")
+    text = text.replace("data: chains", f"data: {tmp_path}/trian.jsonl")
+    found = problems(tmp_path, text)
+    assert any("there is no model folder" in line and "did you mean 'llama-small'?" in line for line in found)
+    assert any("trian.jsonl" in line and "train.jsonl" in line for line in found)
+
+
+def test_broken_yaml_names_its_line(tmp_path: Path) -> None:
+    assert problems(tmp_path, "model: base\ndata: [chains\nsteps: 3\n")[0].startswith("3: not valid YAML")
+    assert problems(tmp_path, "- model\n")[0].startswith("1: expected a mapping of fields")
+
+
+def test_missing_recipe_files_and_names() -> None:
+    with pytest.raises(RecipeError, match=r"there is no recipe called 'quickstat' \(did you mean 'quickstart'\?\)"):
+        Recipe.load("quickstat")
+    with pytest.raises(RecipeError, match="there is no recipe file 'nothing.yaml'"):
+        Recipe.load("nothing.yaml")
+
+
+def test_overrides_reach_into_parts(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    recipe = Recipe.load(path, ["adapter.rank=8", "optimizer.lr=2e-3", "schedule.warmup=0.1", "objective.label_smoothing=0.1"])
+    assert recipe.build("adapter").rank == 8 and recipe.build("optimizer").lr == 2e-3
+    assert recipe.build("schedule").warmup == 0.1 and recipe.build("objective").label_smoothing == 0.1
+    assert Recipe.load(path, ["adapter=full"]).adapter == "full"
+
+
+def test_yaml_1_2_scalars(tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, GOOD + "name: on\n"), ["optimizer.lr=1e-3"])
+    assert recipe.name == "on" and recipe.build("optimizer").lr == 0.001
+
+
+def test_stages_override_the_top_level(tmp_path: Path) -> None:
+    text = GOOD.replace("steps: 10\n", "stages:\n  - {name: first, steps: 5}\n  - {epochs: 1, adapter: full}\n")
+    first, second = Recipe.load(write(tmp_path, text)).staged()
+    assert (first.name, first.steps, first.epochs) == ("first", 5, None)
+    assert (second.name, second.steps, second.epochs, second.adapter) == ("stage-2", None, 1, "full")
+    wrong = problems(tmp_path, text.replace("adapter: full", "adapter: ful"))
+    assert wrong == ["9: stages.1.adapter: there is no adapter called 'ful' (did you mean 'full'?)"]
+    assert any("stages.0" in line and "steps" in line for line in problems(tmp_path, text.replace("steps: 5", "clip: 1.0")))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_is_right(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert recipe.about["text"] and recipe.name == name
