@@ -153,12 +153,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     to: Annotated[str, typer.Option(help="hf: a whole model; peft: the adapter alone.")] = "hf",
     out: Annotated[Path | None, typer.Option(help="Where; default RUN/export-TO.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default as trained.")] = "",
     as_json: Json = False,
 ) -> None:
     """Write the trained model for other libraries, and prove that it gives the same logits."""
     from hone.engine.use import export_run
 
-    made = export_run(run, to, out)
+    made = export_run(run, to, out, dtype)
     shown = f"{made['path']}\nlargest difference of a logit after reloading: {made['error']:.1e}"
     print(json.dumps(made) if as_json else shown)
 

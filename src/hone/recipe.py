@@ -182,7 +182,7 @@ def locate(source: str | Path) -> Path:
         RecipeError: there is neither a shipped recipe nor a file of that name.
     """
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         if path.is_file():
             return path
         near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""

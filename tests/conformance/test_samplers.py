@@ -42,7 +42,8 @@ def made(name: str, chosen: dict[str, Any]) -> Any:
 
 
 def some_logits(dtype: torch.dtype = torch.float32) -> Tensor:
-    return (3 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).to(dtype)
+    random = torch.Generator().manual_seed(0)
+    return (3 * torch.randn(ROWS, VOCABULARY, generator=random, dtype=torch.float64)).to(dtype)
 
 
 def some_uniforms(seed: int = 1) -> Tensor:
@@ -59,7 +60,7 @@ def test_ids_are_valid(name: str, chosen: dict[str, Any], dtype: torch.dtype) ->
     for uniforms in (some_uniforms(), torch.zeros(ROWS).double(), torch.full((ROWS,), 1 - 2.0**-53).double()):
         ids = made(name, chosen)(some_logits(dtype), uniforms)
         assert ids.shape == (ROWS,) and ids.dtype == torch.int64
-        assert 0 <= int(ids.min()) and int(ids.max()) < VOCABULARY
+        assert int(ids.min()) >= 0 and int(ids.max()) < VOCABULARY
 
 
 @pytest.mark.parametrize(("name", "chosen"), CASES)
@@ -99,11 +100,13 @@ def test_every_option_is_documented(record: parts.Record) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", -0.1), ("top_k", 0), ("top_k", 1.5), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1)],
+    [
+        *(("temperature", -0.1), ("top_k", 0), ("top_k", 1.5)),
+        *(("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.1)),
+    ],
 )
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:
-    assert options.hints(Sample)
-    problems = options.check("sampler", "sample", {option: value}, "sampler", options.Places())
+    problems = options.check_part("sampler", {"name": "sample", option: value}, "sampler", options.Places())
     assert [problem.field for problem in problems] == [f"sampler.{option}"]
 
 

@@ -1,10 +1,12 @@
-"""The resumable loaders against a plain reference, with and without workers, resumed anywhere."""
+"""The resumable loaders against a plain reference, with and without workers, resumed anywhere; opening data."""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,14 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hone.data.loader import Loader, Steps, StreamingLoader
+from hone.data.open import open_data
 from hone.data.overlong import Counts, fit_sample
-from hone.data.sample import Sample
+from hone.data.sample import Message, Sample
+from hone.data.source import Source
 from hone.errors import DataError, ModelError
+from hone.parts import find
 from hone.text.pack import Tree
 
 # a machine with one core has a suggestion to make about two workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
 LENGTHS = [3, 9, 1, 4, 12, 2, 2, 7, 5, 1, 8, 3, 3, 6, 2]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HONE_CACHE", str(tmp_path / "cache"))
 
 
 def a_tree(length: int, name: int) -> Tree:
@@ -301,3 +312,159 @@ def test_a_stream_has_no_length():
         stream_loader(Stream(3), epochs=1.5)
     with pytest.raises(DataError, match="streamed"):
         loader.load_state_dict(Loader(the_trees(LENGTHS), batch_tokens=9, seed=0).state_dict())
+
+
+# --- opening data
+
+
+@dataclass(kw_only=True)
+class Listed(Source):
+    """A source that is a list; the last sample is held out."""
+
+    listed: list[Sample]
+
+    def samples(self, split):
+        yield from self.listed[:-1] if split == "train" else self.listed[-1:]
+
+    def fingerprint(self):
+        return str(self.listed)
+
+
+class Renderer:
+    """Renders a character to a token; prompts are read, answers trained."""
+
+    fingerprint = "characters"
+
+    def render(self, sample: Sample) -> list[Tree]:
+        prompt = sample.prompt if isinstance(sample.prompt, str) else "".join(m.content for m in sample.prompt)
+        answers = [str(answer) for answer in sample.answers]
+        texts = [*([(prompt, 0, -1)] if prompt else []), *((text, 1, 0 if prompt else -1) for text in answers)]
+        tokens = tuple(np.array([ord(c) for c in text], np.int32) for text, _, _ in texts)
+        weights = tuple(np.full(len(text), weight, np.float32) for text, weight, _ in texts)
+        return [Tree(tokens, weights, tuple(parent for _, _, parent in texts), where=sample.where)]
+
+
+def of_kind(kind: str, count: int = 6) -> list[Sample]:
+    made = {
+        "text": Sample("text", "", ("abcdefgh",)),
+        "completion": Sample("completion", "abc", ("def",)),
+        "messages": Sample("messages", (Message("user", "abc"),), ("def",)),
+        "pair": Sample("pair", "abc", ("def", "gh")),
+        "prompt": Sample("prompt", "abc"),
+    }[kind]
+    return [Sample(made.kind, made.prompt, made.answers, where=f"data.jsonl:{n + 1}") for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("consumes", "kinds"),
+    [
+        ("sequences", ("text", "completion", "messages")),
+        ("pairs", ("pair",)),
+        ("prompts", ("prompt", "completion", "messages")),
+        ("any", ("text", "completion", "messages", "pair", "prompt")),
+    ],
+)
+def test_what_an_objective_consumes(consumes, kinds):
+    for kind in ("text", "completion", "messages", "pair", "prompt"):
+        for streaming in (False, True):
+            source = Listed(listed=of_kind(kind), streaming=streaming)
+            if kind in kinds:
+                assert next(open_data(source, Renderer(), consumes=consumes).loader(100, 0))
+            else:
+                with pytest.raises(DataError, match=rf"^data\.jsonl:1: .*\({kind}\)"):
+                    open_data(source, Renderer(), consumes=consumes)
+
+
+def test_preference_data_for_an_objective_on_sequences_names_the_right_one():
+    with pytest.raises(DataError, match=r"this is preference data .* Use an objective that consumes pairs") as caught:
+        open_data(Listed(listed=of_kind("pair")), Renderer(), consumes="sequences")
+    assert ("such as dpo" in str(caught.value)) == (find("objective", "dpo") is not None)
+
+
+def test_a_sample_of_another_kind_further_on_is_an_error():
+    with pytest.raises(DataError, match=r"^data\.jsonl:4: "):
+        open_data(Listed(listed=of_kind("text", 3) + of_kind("pair")[3:]), Renderer(), consumes="sequences")
+
+
+def test_unknown_consumption_is_refused():
+    with pytest.raises(ValueError, match="images"):
+        open_data(Listed(listed=of_kind("text")), Renderer(), consumes="images")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_samples_is_an_error_in_training_only(streaming):
+    source = Listed(listed=[], streaming=streaming)
+    with pytest.raises(DataError, match="nothing to train on"):
+        open_data(source, Renderer(), consumes="sequences")
+    opened = open_data(source, Renderer(), consumes="sequences", split="eval")
+    assert (len(opened.trees), opened.samples) == (0, [])
+
+
+def test_samples_without_a_trained_token_are_an_error():
+    listed = [Sample("completion", "abc", (), where="a:1")] * 3
+    with pytest.raises(DataError, match="not one sample of 2 can be trained on: 2 without any trained token"):
+        open_data(Listed(listed=listed), Renderer(), consumes="sequences")
+
+
+def test_opened_data_says_what_it_is(tmp_path):
+    opened = open_data(Listed(listed=of_kind("text"), max_tokens=3), Renderer(), consumes="sequences")
+    assert opened.describe().startswith("Listed: 5 samples, all kept: 40 tokens, 25 of them trained; 5 split into")
+    record = json.loads(json.dumps(opened.record()))
+    assert record["counts"]["split"] == 5
+    assert record["cache"].startswith(str(tmp_path / "cache"))
+    held = open_data(Listed(listed=of_kind("text")), Renderer(), consumes="sequences", split="eval")
+    assert [sample.where for sample in held.samples] == ["data.jsonl:6"]
+
+
+def test_overlong_follows_the_kind_unless_it_is_given():
+    def lengths(kind: str, overlong: str | None) -> list[int]:
+        source = Listed(listed=of_kind(kind, 2), max_tokens=5, overlong=overlong, cache=False)
+        opened = open_data(source, Renderer(), consumes="any")
+        return opened.trees.lengths.tolist()
+
+    assert lengths("text", None) == [5, 3]
+    assert lengths("text", "truncate") == [5]
+    assert lengths("completion", None) == [5]
+    assert lengths("completion", "split") == [5]
+
+
+def test_cache_false_writes_nothing_and_a_stream_reads_on_the_fly(tmp_path):
+    plain_data = open_data(Listed(listed=of_kind("text"), cache=False), Renderer(), consumes="sequences")
+    stream = open_data(Listed(listed=of_kind("text"), streaming=True), Renderer(), consumes="sequences")
+    assert not (tmp_path / "cache").exists()
+    assert isinstance(plain_data.loader(16, 0), Loader)
+    assert isinstance(stream.loader(16, 0), StreamingLoader)
+    assert stream.trees is None
+    assert "stream" in stream.describe()
+    assert stream.record()["counts"] is None
+    for opened in (plain_data, stream):
+        used = [tree.where for step in opened.loader(16, 0, 1) for tree in step]
+        assert sorted(used) == [f"data.jsonl:{n}" for n in range(1, 6)]
+
+
+def test_loaders_follow_the_options_of_the_source():
+    source = Listed(listed=of_kind("text"), shuffle=False, workers=3)
+    opened = open_data(source, Renderer(), consumes="sequences")
+    loader = opened.loader(8, 0)
+    assert (loader.workers, opened.loader(8, 0, workers=0).workers) == (3, 0)
+    assert [opened.trees[i].where for i in range(5)] == [step[0].where for step in opened.loader(8, 0, 1, workers=0)]
+
+
+def test_calibration_gives_the_same_batches_each_time():
+    calibration = open_data(Listed(listed=of_kind("text")), Renderer(), consumes="sequences").calibration(16, 0)
+    first, second = ([batch.where for batch in calibration] for _ in range(2))
+    assert first == second
+    assert [len(where) for where in first] == [2, 2, 1]
+
+
+def test_prompts_are_read_whole_or_not_at_all():
+    listed = [Sample("prompt", "ab", where="a:1"), Sample("prompt", "abcdef", where="a:2")]
+    opened = open_data(Listed(listed=[*listed, *listed], max_tokens=4), Renderer(), consumes="prompts")
+    assert [tree.where for tree in opened.trees] == ["a:1", "a:1"]
+    assert opened.trees.counts.dropped == 1
+
+
+def test_another_objective_has_a_cache_of_its_own():
+    source = Listed(listed=of_kind("completion"))
+    sequences, prompts = (open_data(source, Renderer(), consumes=c) for c in ("sequences", "prompts"))
+    assert sequences.trees.folder != prompts.trees.folder

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -126,14 +127,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of adapter_model.safetensors by key.
 
     Raises:
-        HoneError: the file is missing.
+        HoneError: the file is missing or damaged.
     """
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         pickled = path.with_suffix(".bin").name
         hint = f"; {pickled} is a pickle, which hone never reads: save it again in PEFT as safetensors"
         raise HoneError(f"'{folder}' has no {WEIGHTS_FILE}" + (hint if path.with_name(pickled).is_file() else ""))
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise HoneError(f"{path}: damaged, or no safetensors file: {error}") from error
 
 
 def check_keys(live: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
@@ -151,7 +155,7 @@ def check_keys(live: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: 
             if key in found and found[key].shape != tensor.shape
         ],
     }
-    wrong = [f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' * (len(keys) > 8)}" for what, keys in lists.items() if keys]
+    wrong = [f"{len(keys)} {what}: {', '.join(keys[:8])}" for what, keys in lists.items() if keys]
     if wrong:
         raise HoneError(f"'{folder}' does not fit this model: " + "; ".join(wrong))
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ class Full(Adapter):
                 model.load_state_dict(_read_pretrained(type(model), folder, model.dtype))
             else:
                 load_model(model, Path(folder) / FILE)
-        except (RuntimeError, FileNotFoundError) as error:
+        except (RuntimeError, OSError, SafetensorError) as error:
             raise HoneError(f"'{folder}' does not fit this model: {error}") from error
 
     def merge(self, model: nn.Module) -> None:
@@ -131,8 +132,10 @@ def _read_pretrained(cls: type[PreTrainedModel], folder: Path, dtype: torch.dtyp
     """Read through transformers, which may rename or fuse tensors on the way, and refuse what it would only warn of."""
     if not (Path(folder) / "config.json").is_file():
         raise HoneError(f"'{folder}' holds no Hugging Face model: it has no config.json")
-    loaded, report = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    wrong = [f"{what.replace('_', ' ')}: {', '.join(map(str, report[what]))}" for what in sorted(report) if report[what]]
+    # Another shape is passed over here only to be reported with the rest.
+    answer: Any = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    loaded, report = answer
+    wrong = [f"{what.replace('_', ' ')}: {', '.join(map(str, keys))}" for what, keys in report.items() if keys]
     if wrong:
         raise HoneError(f"'{folder}' does not fit this model: " + "; ".join(wrong))
-    return loaded.state_dict()
+    return cast(dict[str, Tensor], loaded.state_dict())

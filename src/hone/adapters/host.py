@@ -86,7 +86,11 @@ class Host(Adapter):
 
     @abstractmethod
     def config(self, layers: dict[str, Any]) -> dict[str, Any]:
-        """Return the method's own entries of adapter_config.json, given the adapted layers by name."""
+        """Return the method's own entries of adapter_config.json.
+
+        Args:
+            layers: the adapted layers by name; a loaded adapter's settings are theirs, not this part's options.
+        """
 
     @abstractmethod
     def rebuild(self, model: nn.Module, config: dict[str, Any], saved: dict[str, Tensor]) -> None:
@@ -101,6 +105,10 @@ class Host(Adapter):
     @abstractmethod
     def verify(self, layers: dict[str, Any], config: dict[str, Any]) -> None:
         """Check that adapted layers compute what a saved adapter of the same tensors computed.
+
+        Args:
+            layers: the adapted layers by name.
+            config: what adapter_config.json says.
 
         Raises:
             HoneError: a setting that no tensor shows, such as a scale, differs.
@@ -118,20 +126,21 @@ class Host(Adapter):
                 is unchanged.
         """
         if attached(model):
-            raise HoneError(f"adapter '{self.name}': the model has an adapter already; strip() merges it for good")
+            raise HoneError("the model has an adapter already; strip() merges it for good")
         self.install(model, self.chosen(model))
 
     def chosen(self, model: nn.Module) -> list[str]:
         """Return the names of the layers to adapt, in the order of the model."""
         modules = {name: module for name, module in model.named_modules() if name}
         if self.targets == "all-linear":
-            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            output = cast(Any, getattr(model, "get_output_embeddings", None))
+            head = output() if output else None
             found = {n for n, module in modules.items() if isinstance(module, LINEAR) and module is not head}
         else:
             found = {n for pattern in self.targets for n in _adaptable(pattern, modules)}
         left_out = {n for pattern in self.exclude for n in select(pattern, modules, "adapter.exclude")}
         left_out.update(self.whole(model))
-        names = [n for n in modules if n in found and not _inside(n, left_out)]
+        names = [n for n in modules if n in found and not inside(n, left_out)]
         if not names:
             raise HoneError("adapter.targets: no layer is left to adapt; see adapter.exclude and adapter.train_also")
         return names
@@ -140,10 +149,18 @@ class Host(Adapter):
         """Return the names of the modules that train as a whole, outermost ones only."""
         modules = [name for name, _ in model.named_modules() if name]
         found = {n for pattern in self.train_also for n in select(pattern, modules, "adapter.train_also")}
-        return [n for n in modules if n in found and not _inside(n.rpartition(".")[0], found)]
+        return [n for n in modules if n in found and not inside(n.rpartition(".")[0], found)]
 
     def install(self, model: nn.Module, names: list[str]) -> None:
-        """Freeze a model and adapt the named layers."""
+        """Freeze a model and adapt the named layers.
+
+        Args:
+            model: a plain network.
+            names: dotted names of layers.
+
+        Raises:
+            HoneError: a layer cannot be adapted; the model is unchanged.
+        """
         modules = dict(model.named_modules())
         for name in names:
             if reason := refusal(modules[name]):
@@ -244,12 +261,11 @@ class Host(Adapter):
         """
         self.unmerge(model)
         ties = _ties(model)
-        for name, module in list(model.named_modules()):
+        for name in [name for name, module in model.named_modules() if isinstance(module, Wrapped | Whole)]:
+            module = model.get_submodule(name)  # held by nothing else, so that memory grows by one layer at most
             if isinstance(module, Wrapped):
                 module.merge()
-                _replace(model, name, module.base_layer)
-            elif isinstance(module, Whole):
-                _replace(model, name, module.trained)
+            _replace(model, name, cast(nn.Module, module.base_layer if isinstance(module, Wrapped) else module.trained))
         delattr(model, _RECORD)
         model.requires_grad_(False)
         _untie(model, ties)
@@ -283,8 +299,8 @@ def _disabled(host: Host, model: nn.Module) -> Iterator[None]:
 
 
 def attached(model: nn.Module) -> bool:
-    """Return whether a model has an adapter of this host."""
-    return hasattr(model, _RECORD)
+    """Return whether a model has an adapter, of this host or of PEFT."""
+    return hasattr(model, _RECORD) or hasattr(model, "peft_config")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -302,7 +318,7 @@ def _adaptable(pattern: str, modules: dict[str, nn.Module]) -> list[str]:
     return [name for name in found if name not in reasons]
 
 
-def _inside(name: str, modules: Collection[str]) -> bool:
+def inside(name: str, modules: Collection[str]) -> bool:
     """Return whether a dotted name is one of the modules or inside one."""
     parts = name.split(".")
     return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts) + 1))
@@ -355,7 +371,7 @@ def _untie(model: nn.Module, ties: list[list[str]]) -> None:
     apart = [group for group in ties if len({id(now[name]) for name in group}) > 1]
     if not apart:
         return
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     groups = "; ".join(" and ".join(group) for group in apart)

@@ -20,7 +20,7 @@ class Layout:
     """
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return the (out, in) view of a stored weight, or (rank, in) of a factor stored like it."""
+        """Return the (out, in) view of a stored weight."""
         return weight
 
     def stored(self, matrix: Tensor, shape: torch.Size) -> Tensor:
@@ -28,7 +28,12 @@ class Layout:
         return matrix
 
     def shapes(self, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of the factors A and B that PEFT gives a layer."""
+        """Return the shapes of the factors A and B that PEFT gives a layer.
+
+        Args:
+            weight: the stored weight.
+            rank: rows of A and columns of B.
+        """
         outputs, inputs = self.matrix(weight).shape
         return (rank, inputs), (outputs, rank)
 
@@ -37,27 +42,60 @@ class Layout:
         return x.reshape(-1, x.shape[-1])
 
     def restore(self, rows: Tensor, x: Tensor) -> Tensor:
-        """Give an output the leading dimensions of its input x."""
+        """Give an output the leading dimensions of its input.
+
+        Args:
+            rows: the output, (N, out).
+            x: the input before `rows`.
+        """
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
     def output(self, base: Any, rows: Tensor) -> Tensor:
-        """Return the layer's own output, in memory of its own."""
+        """Return the layer's own output, in memory of its own.
+
+        Args:
+            base: the layer.
+            rows: its input as `rows` returns it.
+        """
         return cast(Tensor, base(rows))
 
     def product(self, base: Any, rows: Tensor) -> Tensor:
-        """Return the layer's output without its bias."""
+        """Return the layer's output without its bias.
+
+        Args:
+            base: the layer.
+            rows: its input as `rows` returns it.
+        """
         return F.linear(rows, base.weight)
 
     def project(self, base: Any, rows: Tensor, factor: Tensor) -> Tensor:
-        """Return A x: (N, rank)."""
+        """Return A x: (N, rank), or an image of `rank` channels.
+
+        Args:
+            base: the layer, which knows its stride, padding and the like.
+            rows: its input as `rows` returns it.
+            factor: A, in the shape that `shapes` says.
+        """
         return F.linear(rows, factor)
 
     def add(self, rows: Tensor, inner: Tensor, factor: Tensor, scale: float) -> Tensor:
-        """Add scale B h to an output in place, in one matrix product without a temporary."""
+        """Add s B h to an output in place, in one matrix product without a temporary.
+
+        Args:
+            rows: the output, (N, out).
+            inner: h, what `project` returned.
+            factor: B, in the shape that `shapes` says.
+            scale: s.
+        """
         return rows.addmm_(inner, factor.t(), alpha=scale)
 
     def lift(self, vector: Tensor, weight: Tensor) -> Tensor:
-        """Shape a vector (out,) so that it multiplies an output of the layer with this weight."""
+        """Shape a vector so that it multiplies an output.
+
+        Args:
+            vector: one number per output, (out,).
+            weight: the stored weight of the layer.
+        """
         return vector
 
 

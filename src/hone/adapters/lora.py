@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hone.adapters.base import matches, select
-from hone.adapters.host import Host
+from hone.adapters.host import Host, inside
 from hone.adapters.layers import Layout, Lookup, Transposed, Wrapped
 from hone.errors import HoneError, nearest
 from hone.parts import part
@@ -23,12 +23,13 @@ T = TypeVar("T")
 # Initialisations after which the base weights are the pretrained ones, so that the saved tensors say everything.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 # Entries of adapter_config.json that are read, or that do not change what the saved tensors compute.
-_KNOWN = frozenset(
-    "peft_type task_type base_model_name_or_path inference_mode revision auto_mapping peft_version r lora_alpha "
-    "lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora use_dora modules_to_save bias "
-    "fan_in_fan_out init_lora_weights layers_to_transform layers_pattern loftq_config eva_config corda_config "
-    "lora_ga_config runtime_config megatron_core qalora_group_size ensure_weight_tying".split()
-)
+_KNOWN = {
+    "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+    "use_rslora", "use_dora", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights", "layers_to_transform",
+    "layers_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
 
 
 class LowRank(Wrapped):
@@ -141,7 +142,7 @@ class Decomposed(LowRank):
     ],
     claim="Training low-rank updates of the linear layers alone comes as far as training all weights, with fewer than "
     "a hundredth of the trained parameters.",
-    deviations="The scale is alpha / rank with alpha = 2 rank by default; the paper sets alpha to the first rank tried.",
+    deviations="alpha is twice the rank by default; the paper sets it to the first rank that one tries.",
 )
 @dataclass(kw_only=True)
 class LoRA(Host):
@@ -200,9 +201,7 @@ class LoRA(Host):
         default = (16.0 if self.rank_stabilized else 2.0 * rank) if self.alpha is None else self.alpha
         alpha = _lookup(self.alpha_pattern, name, default)
         kind = Decomposed if self.weight_decomposed else LowRank
-        layer = kind(
-            base, layout, rank=rank, alpha=alpha, stabilized=self.rank_stabilized, dropout=self.dropout
-        )
+        layer = kind(base, layout, rank=rank, alpha=alpha, stabilized=self.rank_stabilized, dropout=self.dropout)
         self.initialise(layer)
         if isinstance(layer, Decomposed):
             layer.reset_magnitude()
@@ -250,16 +249,15 @@ class LoRA(Host):
                  for mark in (".lora_A.weight", ".lora_embedding_A") if key.endswith(mark)}  # fmt: skip
         modules = dict(model.named_modules())
         if lost := [name for name in ranks if name not in modules]:
-            hint = nearest(lost[0], modules)
-            raise HoneError(f"the adapter was made for another model: this one has no layer '{lost[0]}'. {hint}".strip())
-        listed = config.get("target_modules")
-        if isinstance(listed, list) and (empty := [t for t in listed if not any(matches(t, name) for name in ranks)]):
-            raise HoneError(f"the adapter's file has no tensors for its target modules {', '.join(empty[:8])}")
-        also = [m for m in config.get("modules_to_save") or [] if any(matches(m, name) for name in modules)]
+            hint = nearest(lost[0], modules) or "is this its base model?"
+            raise HoneError(f"the adapter was made for another model: this one has no layer '{lost[0]}' ({hint})")
+        ends = tuple(config.get("modules_to_save") or [])  # PEFT takes any ending, not only whole components
+        also = [name for name in modules if ends and name.endswith(ends)]
+        _check_complete(config, list(ranks), also)
         bias = config.get("bias", "none")
         LoRA(
             rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0), rank_pattern=ranks,
-            alpha_pattern={name: _saved_alpha(config, name) for name in ranks}, train_also=also,
+            alpha_pattern=_saved_alphas(config, ranks), train_also=also,
             rank_stabilized=bool(config.get("use_rslora")), weight_decomposed=bool(config.get("use_dora")),
             bias="adapted" if bias == "lora_only" else bias,
         ).install(model, [name for name in modules if name in ranks])  # fmt: skip
@@ -275,9 +273,9 @@ class LoRA(Host):
             HoneError: a scale differs, or the adapter uses something that this part does not have.
         """
         _check_known(config)
+        alphas = _saved_alphas(config, layers)
         for name, layer in layers.items():
-            divisor = math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank
-            scale = _saved_alpha(config, name) / divisor
+            scale = alphas[name] / (math.sqrt(layer.rank) if config.get("use_rslora") else layer.rank)
             if not math.isclose(scale, layer.scale):
                 raise HoneError(
                     f"the adapter was trained with scale {scale:g} in '{name}', this one has {layer.scale:g}; set "
@@ -292,24 +290,33 @@ def _lookup(table: dict[str, T], name: str, default: T) -> T:
     return next((value for pattern, value in table.items() if matches(pattern, name)), default)
 
 
-def _saved_alpha(config: dict[str, Any], name: str) -> float:
-    """Return a layer's alpha as PEFT finds it: by the first key of alpha_pattern that ends its name."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(alpha)
-    return float(config["lora_alpha"])
+def _saved_alphas(config: dict[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """Return each layer's alpha as PEFT finds it: by the first expression of alpha_pattern that ends its name."""
+    table = [(re.compile(rf"(.*\.)?({p})$"), alpha) for p, alpha in (config.get("alpha_pattern") or {}).items()]
+    default = config["lora_alpha"]
+    return {n: float(next((alpha for pattern, alpha in table if pattern.match(n)), default)) for n in names}
 
 
 def _check_known(config: dict[str, Any]) -> None:
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise HoneError(
-            f"the adapter started from changed base weights (init_lora_weights={start!r}), which are not in its file; save "
-            "it from PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it"
+            f"the adapter started from changed base weights (init_lora_weights={start!r}), which are not in its file; "
+            "save it from PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA adapter of it"
         )
     unknown = [key for key, value in config.items() if value and key not in _KNOWN]
     if unknown:
         raise HoneError(f"the adapter uses {', '.join(unknown)}, which 'lora' does not have; use adapter 'peft:lora'")
+
+
+def _check_complete(config: dict[str, Any], names: list[str], whole: list[str]) -> None:
+    """Check that every listed target has tensors, where PEFT would not have passed over some of them."""
+    listed = config.get("target_modules")
+    if not isinstance(listed, list) or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return
+    empty = [t for t in listed if not inside(t, whole) and not any(matches(t, name) for name in names)]
+    if empty:
+        raise HoneError(f"the adapter's file has no tensors for its target modules {', '.join(empty[:8])}")
 
 
 def _most_common(values: Iterable[T]) -> T:

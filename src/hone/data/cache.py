@@ -95,7 +95,7 @@ class _Meta:
     def write(self, folder: Path) -> None:
         """Write meta.json in one piece, with its own checksum."""
         content = asdict(self)
-        _write(folder / "meta.json", json.dumps({"sha256": _sum(content), **content}, indent=1).encode())
+        _write(folder / "meta.json", json.dumps({"sha256": _sum(content), **content}).encode())
 
     @classmethod
     def read(cls, folder: Path) -> _Meta:
@@ -254,7 +254,7 @@ def _survey(folder: Path) -> tuple[_Meta, str]:
     """Return the finished shards up to the first damaged one, and what is wrong with that one or with meta.json."""
     try:
         meta = _Meta.read(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # what is wrong, taking the lock will say
         return _Meta(), ""
     except ValueError as error:
         return _Meta(), f"meta.json is damaged: {error}"
@@ -269,8 +269,11 @@ def _damage(path: Path, shard: _Shard) -> str:
         return "is missing"
     if path.stat().st_size != shard.bytes:
         return f"has {path.stat().st_size:,} bytes instead of {shard.bytes:,}"
-    with path.open("rb") as file:
-        good = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    try:
+        with path.open("rb") as file:
+            good = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    except OSError as error:
+        return f"cannot be read: {error}"
     return "" if good else "does not match its checksum"
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Annotated
 
 from pydantic import Field
 
-from hone.data import skills as definitions
 from hone.data.sample import Sample
-from hone.data.skills import Problem, Skill, arithmetic, base, choose, final_answer, lists, solve
+from hone.data.skills import Problem, Skill, choose, final_answer, solve
+from hone.data.skills.base import pick
 from hone.data.source import Source, Split
 from hone.errors import DataError, HoneError
 from hone.parts import part
 
 EVAL_SHARE = 16  # one prompt in so many is an evaluation prompt, whatever the seed
-_ATTEMPTS = 10_000
+_ATTEMPTS = 500  # draws in search of an evaluation problem that did not come before
 
 Difficulty = Annotated[int, Field(ge=1, le=5)]
 
@@ -32,10 +32,10 @@ Difficulty = Annotated[int, Field(ge=1, le=5)]
 class Chains(Source):
     r"""Generate arithmetic and list problems with worked steps and an exact answer.
 
-    A prompt such as "add 47 + 38 =\n" is answered by worked lines and a last line "answer: 85". Whether a prompt belongs
-    to training or to evaluation is decided by a hash of its text, so the two never meet; the evaluation problems are the
-    same for every seed, and those of a skill are the same whatever other skills are asked for.
-    Training sample i depends on the options and i alone: skills take turns, the rest is drawn from "seed:i".
+    A prompt such as "add 47 + 38 =\n" is answered by worked lines and a last line "answer: 85". A hash of a prompt's
+    text decides whether it belongs to training or to evaluation, so the two never meet. The evaluation problems are
+    the same for every seed, and those of a skill are the same whatever other skills are asked for. Training sample i
+    depends on the options and i alone: skills take turns, the rest is drawn from "seed:i".
 
     Args:
         skills: names of skills, of families ("arithmetic", "list"), "easy" or "hard"; None uses all.
@@ -73,11 +73,11 @@ class Chains(Source):
             return map(self.train_sample, range(min(self.count, self.limit or self.count)))
         return self._eval_samples()
 
-    @cached_property
-    def _chosen(self) -> list[Skill]:
-        return choose(self.skills)
+    @property
+    def _chosen(self) -> tuple[Skill, ...]:
+        return _choose(None if self.skills is None else tuple(self.skills))
 
-    @cached_property
+    @property
     def _difficulties(self) -> list[int]:
         return self.difficulty if isinstance(self.difficulty, list) else [self.difficulty]
 
@@ -85,7 +85,7 @@ class Chains(Source):
         """Return training sample `index`, which depends on nothing but the options and the index."""
         rng = Random(f"{self.seed}:{index}")
         skill = self._chosen[index % len(self._chosen)]
-        difficulty = base.pick(rng, self._difficulties)
+        difficulty = pick(rng, self._difficulties)
         problem = _draw(skill, rng, difficulty, for_eval=False)
         shown = problem
         noisy = rng.random() < self.noise
@@ -95,11 +95,13 @@ class Chains(Source):
 
     def _eval_samples(self) -> Iterator[Sample]:
         """Take skills in turn, difficulties in turn within a skill, and pass over problems that came before."""
-        turns = itertools.product(itertools.count(), self._difficulties, self._chosen)
         seen: set[str] = set()
-        for index, (number, difficulty, skill) in enumerate(itertools.islice(turns, self.holdout)):
+        turns = list(itertools.product(self._difficulties, self._chosen))
+        for index in range(self.holdout):
+            number, turn = divmod(index, len(turns))
+            difficulty, skill = turns[turn]
             rng = Random(f"eval:{skill.name}:{difficulty}:{number}")
-            fresh = (_draw(skill, rng, difficulty, for_eval=True) for _ in range(_ATTEMPTS // EVAL_SHARE))
+            fresh = (_draw(skill, rng, difficulty, for_eval=True) for _ in range(_ATTEMPTS))
             problem = next((problem for problem in fresh if problem.prompt not in seen), None)
             if problem is None:
                 raise DataError(
@@ -144,6 +146,11 @@ class Chains(Source):
         return f"chains: {len(self._chosen)} skills ({', '.join(skill.name for skill in self._chosen)})"
 
 
+@cache
+def _choose(names: tuple[str, ...] | None) -> tuple[Skill, ...]:
+    return choose(names)
+
+
 def is_eval(prompt: str) -> bool:
     """Return whether a prompt is kept for evaluation: one in 16, by a hash of its text."""
     return hashlib.blake2b(prompt.encode(), digest_size=1).digest()[0] % EVAL_SHARE == 0
@@ -158,7 +165,7 @@ def _draw(skill: Skill, rng: Random, difficulty: int, *, for_eval: bool) -> Prob
 
 @cache
 def _code() -> str:
-    """Return a hash of the source code of the problems, so that a change of them changes every fingerprint."""
-    modules = (definitions, base, arithmetic, lists)
-    texts = [inspect.getsource(module) for module in modules] + [inspect.getsource(Chains)]
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    """Return a hash of the code that makes the problems, so that changing it changes every fingerprint."""
+    here = Path(__file__)
+    files = [here, *sorted((here.parent / "skills").glob("*.py"))]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()

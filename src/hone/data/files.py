@@ -150,7 +150,8 @@ def _lines(file: Path, size: int = -1) -> Iterator[tuple[str, int]]:
                 rest = raw[len(whole) :]
                 yield whole.decode("utf-8"), number
                 number += whole.endswith(b"\n")
-            yield rest.decode("utf-8"), number
+            if rest:
+                yield rest.decode("utf-8"), number
     except UnicodeDecodeError as error:
         bad = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line"
         raise DataError(f"{file}:{number}: expected UTF-8 text, found {bad}. Save the file as UTF-8.") from error
@@ -182,7 +183,7 @@ def read_jsonl(file: Path) -> Rows:
     """
     for line, number in _lines(file):
         if line.strip():
-            yield _object(_parse(line, file, number), f"{file}:{number}"), f"{file}:{number}"
+            yield _object(_parse(line.rstrip(), file, number), f"{file}:{number}"), f"{file}:{number}"
 
 
 def _parse(text: str, file: Path, number: int) -> Any:
@@ -240,7 +241,7 @@ def read_csv(file: Path, delimiter: str = ",") -> Rows:
         DataError: a row has more or fewer cells than there are columns, or the table cannot be read.
     """
     csv.field_size_limit(2**31 - 1)  # the default refuses a document of more than 128 KiB
-    table = csv.reader((line for line, _ in _lines(file)), delimiter=delimiter, strict=True)
+    table, begin = csv.reader((line for line, _ in _lines(file)), delimiter=delimiter, strict=True), 1
     try:
         names = next(table, [])
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -254,7 +255,7 @@ def read_csv(file: Path, delimiter: str = ",") -> Rows:
                 yield dict(zip(names, cells, strict=True)), f"{file}:{begin}"
             begin = table.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file}:{table.line_num}: not a valid table: {error}. Check the quotes.") from error
+        raise DataError(f"{file}:{begin}: not a valid table: {error}. Check the quotes.") from error
 
 
 def read_parquet(file: Path) -> Rows:

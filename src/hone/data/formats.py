@@ -20,136 +20,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hone.data.cells import Cells, quoted, shown
 from hone.data.sample import Message, Sample
 from hone.errors import DataError, nearest
 
 FIELDS = ("weight", "margin", "label", "reward")
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
-}  # fmt: skip
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
 )
 HH_ANSWER = "\n\nAssistant:"  # in sets such as Anthropic's hh-rlhf a pair of texts shares everything up to here
-UNSUPPORTED_KEYS = {"tool_calls": None, "function_call": None, "weight": 1}  # of a turn: the value that loses nothing
-
-
-class Cells:
-    """One row seen through the roles of its columns; every reading names the cell when it is not what it should be."""
-
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], where: str, chat: bool) -> None:
-        """Look at a row.
-
-        Args:
-            row: column to value.
-            columns: role to column; roles that the row lacks are absent.
-            where: "file:line" of the row.
-            chat: plain prompts and answers become turns of a conversation.
-        """
-        self.row, self.columns, self.where, self.chat = row, columns, where, chat
-
-    def get(self, role: str) -> Any:
-        """Return the value in a role's cell, None when the row has no such cell."""
-        return self.row.get(self.columns[role]) if role in self.columns else None
-
-    def fault(self, role: str, expected: str, found: str, fix: str) -> DataError:
-        """Return the error about a role's cell.
-
-        Args:
-            role: whose cell it is.
-            expected: what should be there.
-            found: what is there.
-            fix: what to do about it.
-        """
-        return DataError(f"{self.where}: field '{self.columns[role]}': expected {expected}, found {found}. {fix}")
-
-    def text(self, role: str, empty: bool = True) -> str:
-        """Return the text in a role's cell.
-
-        Args:
-            role: whose cell it is.
-            empty: whether a text without any character but white space will do.
-
-        Raises:
-            DataError: the cell holds no text, or an empty one where there must be some.
-        """
-        value = self.get(role)
-        if not isinstance(value, str):
-            fix = "Write it as a quoted string" if isinstance(value, (int, float)) else "Fill in or remove the row"
-            raise self.fault(role, "a string", shown(value), f"{fix}.")
-        if not empty and not value.strip():
-            raise self.fault(role, "some text to train on", "an empty string", "Fill in or remove the row.")
-        return value
-
-    def turns(self, role: str) -> tuple[Message, ...]:
-        """Return the conversation in a role's cell.
-
-        Raises:
-            DataError: the cell holds no list of turns, or a turn that cannot be used.
-        """
-        value = self.get(role)
-        if not isinstance(value, list) or not value:
-            fix = 'Write turns such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
-            raise self.fault(role, "a list of turns", "an empty list" if value == [] else shown(value), fix)
-        return tuple(self._turn(role, number, turn) for number, turn in enumerate(value, start=1))
-
-    def _turn(self, role: str, number: int, turn: Any) -> Message:
-        if not isinstance(turn, dict):
-            fix = 'Write {"role": ..., "content": ...}.'
-            raise self.fault(role, f"turn {number} to be an object", shown(turn), fix)
-        speaker, said = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-        for key in (speaker, said):
-            if key not in turn:
-                fix = nearest(key, turn) or "Turns are {role, content} or {from, value}"
-                raise self.fault(role, f"turn {number} to have '{key}'", f"only {_quoted(turn)}", f"{fix}.")
-        for key, harmless in UNSUPPORTED_KEYS.items():
-            if turn.get(key) not in (harmless, None, [], {}):
-                fix = "It would be lost; remove it or put it into the text."
-                raise self.fault(role, f"turn {number} without '{key}', which is not supported", shown(turn[key]), fix)
-        known = ROLES.get(turn[speaker]) if isinstance(turn[speaker], str) else None
-        if known is None:
-            hint = nearest(turn[speaker], ROLES) or f"known roles: {', '.join(ROLES)}"
-            raise self.fault(role, f"a known role in turn {number}", shown(turn[speaker]), f"{hint.capitalize()}.")
-        content = _plain_content(turn[said])
-        if content is None:
-            fix = "Only text can be trained on: write the turn's text as one string."
-            raise self.fault(role, f"turn {number} to hold a string in '{said}'", shown(turn[said]), fix)
-        if known == "assistant" and not content.strip():
-            fix = "Fill in the turn or remove the row."
-            raise self.fault(role, f"turn {number}, an assistant's, to say something", "an empty string", fix)
-        return Message(known, content)
-
-
-def _plain_content(value: Any) -> str | None:
-    """Return the text of a turn: a string, or a list of text parts as OpenAI writes them; None for anything else."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
-        return None if any(not isinstance(text, str) for text in texts) else "".join(map(str, texts))
-    return None
-
-
-_IN_WORDS: dict[type, str] = {
-    bool: "a truth value", int: "a number", float: "a number", str: "the string", list: "a list", dict: "an object",
-}  # fmt: skip
-
-
-def shown(value: Any) -> str:
-    """Return the type of a value in plain words with a glimpse of it, e.g. "a number (0.5)"."""
-    if value is None:
-        return "nothing (null)"
-    glimpse = repr(value)
-    glimpse = glimpse if len(glimpse) <= 40 else glimpse[:37] + "..."
-    return f"{_IN_WORDS.get(type(value), type(value).__name__)} ({glimpse})"
-
-
-def _quoted(names: Any) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "none"
 
 
 def _text(cells: Cells) -> Sample:
@@ -160,8 +40,9 @@ def _prompt(cells: Cells) -> Sample:
     value = cells.get("prompt")
     if not isinstance(value, list):
         text = cells.text("prompt")
-        return Sample("prompt", prompt=(Message("user", text),) if cells.chat else text)
-    turns = cells.turns("prompt")
+        chat = (*_system(cells), Message("user", text))
+        return Sample("prompt", prompt=chat if cells.chat else _plain_system(cells) + text)
+    turns = (*_system(cells), *cells.turns("prompt"))
     if turns[-1].role == "assistant":
         fix = "Remove that turn."
         raise cells.fault("prompt", "a prompt to end before the answer", "an assistant turn at its end", fix)
@@ -169,16 +50,14 @@ def _prompt(cells: Cells) -> Sample:
 
 
 def _messages(cells: Cells) -> Sample:
-    turns = cells.turns("messages")
-    if turns[0].role != "system":
-        turns = (*_system(cells), *turns)
+    turns = (*_system(cells), *cells.turns("messages"))
     if turns[0].role == "assistant":
         fix = "Remove that turn or put the user's turn before it."
         raise cells.fault("messages", "a conversation to begin with a user", "an assistant turn at its start", fix)
     if all(turn.role != "assistant" for turn in turns):
         recipe = f"format: prompt, columns: {{prompt: {cells.columns['messages']}}}"
         fix = f"Nothing could be trained; for prompts alone set {recipe}."
-        roles = _quoted(sorted({turn.role for turn in turns}))
+        roles = quoted(sorted({turn.role for turn in turns}))
         raise cells.fault("messages", "at least one assistant turn", f"only {roles}", fix)
     return Sample("messages", prompt=turns)
 
@@ -309,7 +188,7 @@ SHAPES = (
     _Shape("completion", {"prompt": ("input",), "completion": ("output",)}, _completion, _SYSTEM),
     _Shape("qa", {"question": ("question",), "answer": ("answer",)}, _qa, _SYSTEM),
     _Shape("text", {"text": ("text",)}, _text),
-    _Shape("prompt", {"prompt": ("prompt",)}, _prompt),
+    _Shape("prompt", {"prompt": ("prompt",)}, _prompt, _SYSTEM),
 )
 COLUMN_KEYS = tuple(dict.fromkeys([role for shape in SHAPES for role in (*shape.needs, *shape.may)] + list(FIELDS)))
 
@@ -355,7 +234,7 @@ class Format:
             if self.columns[role] not in row:
                 column = self.columns[role]
                 hint = nearest(column, row) or "all rows of a source need the columns of its first row"
-                raise DataError(f"{where}: missing column '{column}' (found {_quoted(row)}); {hint}")
+                raise DataError(f"{where}: missing column '{column}' (found {quoted(row)}); {hint}")
         columns = dict(self.columns)
         for role, names in self.shape.may.items():  # rows may have an optional column that the first one lacked
             if role not in columns and (found := _first(names, row, columns.values())):
@@ -410,7 +289,7 @@ def sniff(
     for role, column in given.items():
         if column not in row:
             hint = nearest(column, row) or "write role: column"
-            raise DataError(f"{where}: columns: {role}: there is no column '{column}' (found {_quoted(row)}); {hint}")
+            raise DataError(f"{where}: columns: {role}: there is no column '{column}' (found {quoted(row)}); {hint}")
     for shape in SHAPES:
         found = _match(shape, row, given) if format in ("auto", shape.name) else None
         if found is not None:
@@ -444,6 +323,6 @@ def _unknown(row: Mapping[str, Any], where: str, format: str, given: dict[str, s
     guess = {role: given.get(role) or (rest.pop(0) if rest else "COLUMN") for role in shape.needs}
     mapping = ", ".join(f"{role}: {column}" for role, column in guess.items())
     return (
-        f"{where}: {what} the columns {_quoted(row)}\n  formats and the columns they need:\n{known}\n"
+        f"{where}: {what} the columns {quoted(row)}\n  formats and the columns they need:\n{known}\n"
         f"  Rename the columns, or say in the recipe which one is what, for instance:\n    columns: {{{mapping}}}"
     )

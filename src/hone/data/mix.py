@@ -24,13 +24,14 @@ _KEY = "mix"  # where a sample carries the way back to its source
 class Mix(Source):
     """Mix sources in given proportions of samples.
 
-    The next training sample comes from the source i that is furthest behind its share, i.e. has the largest
-    w_i (n + 1) - taken_i after n samples, so that any stretch holds every source in proportion to within one sample or
-    two. It ends when a source that is due has no more. The held-out samples are all those of the sources, taken in turn.
+    After n samples, the next one comes from the source i that is furthest behind its share w_i, i.e. has the largest
+    w_i (n + 1) - taken_i; so any stretch holds every source in proportion, to within a few samples. The mixture ends
+    when a source that is due has no more. The held-out samples are all those of the sources, taken in turn.
 
     Args:
-        sources: the sources.
-        weights: share of the samples from each source, in any unit; None takes equal shares.
+        sources: the sources, each with its own `limit` and `holdout`; the window is the mixture's.
+        weights: share of the samples from each source, relative to each other; None takes equal shares.
+        holdout: not used; each source holds out its own.
     """
 
     sources: Annotated[list[Any], Nested("data")]

@@ -90,8 +90,8 @@ class Counts:
         reasons = []
         if self.masked:
             reasons.append(
-                f"{self.masked:,} without any trained token, whatever the window: a conversation needs an assistant turn "
-                "and a completion needs an answer; see what is trained with: hone check RECIPE"
+                f"{self.masked:,} without any trained token, whatever the window: a conversation needs an assistant "
+                "turn and a completion needs an answer; see what is trained with: hone check RECIPE"
             )
         if cut := self.nothing_trained - self.masked:
             reasons.append(
@@ -100,8 +100,8 @@ class Counts:
             )
         if self.dropped:
             reasons.append(
-                f"{self.dropped:,} longer than max_tokens={max_tokens} and dropped for it; raise max_tokens of the data "
-                "or set its overlong to 'truncate'"
+                f"{self.dropped:,} longer than max_tokens={max_tokens} and dropped for it; raise max_tokens of the "
+                "data or set its overlong to 'truncate'"
             )
         places = [place for name in ("nothing_trained", "dropped") for place in self.examples.get(name, ())]
         raise DataError(
@@ -116,8 +116,8 @@ def _such_as(places: Sequence[str]) -> str:
 
 def trained_tokens(tree: Tree) -> int:
     """Return how many tokens are trained; the first token of a root is predicted from nothing and never is."""
-    starts = sum(1 for weight, parent in zip(tree.weights, tree.parents, strict=True) if parent < 0 and weight[0] != 0)
-    return tree.trained - starts
+    roots = (weight for weight, parent in zip(tree.weights, tree.parents, strict=True) if parent < 0)
+    return tree.trained - sum(int(np.count_nonzero(weight[:1])) for weight in roots)
 
 
 def longest_chain(tree: Tree) -> int:
@@ -182,9 +182,12 @@ def _truncate(tree: Tree, size: int) -> Tree:
 
 
 def _no_contrast(tree: Tree) -> bool:
-    """Whether a prompt has several answers and all are the same, so that preferring one teaches nothing."""
-    answers = [(p, segment.tobytes()) for segment, p in zip(tree.tokens, tree.parents, strict=True) if p >= 0]
-    return len(answers) > 1 and len(set(answers)) == 1
+    """Whether there are several answers to a prompt and all are the same, so that preferring one teaches nothing."""
+    siblings: dict[int, list[bytes]] = {}
+    for segment, parent in zip(tree.tokens, tree.parents, strict=True):
+        siblings.setdefault(parent, []).append(segment.tobytes())
+    several = [group for group in siblings.values() if len(group) > 1]
+    return bool(several) and all(len(set(group)) == 1 for group in several)
 
 
 def fit_sample(

@@ -7,10 +7,10 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import platform
 import re
 import sysconfig
-import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,13 +26,12 @@ from hone.parts import part
 EVAL_SHARE = 16  # one module in so many is kept for evaluation
 _PASSAGE = 1500  # most characters of one sample of running text, where paragraphs allow
 _CODE = 1200  # longest source, in characters, that is shown whole
-_SHORTEST = 30  # a docstring with fewer characters says nothing
+_SHORTEST = 30  # a docstring or paragraph with fewer characters says nothing
 # Tests, vendored packages and generated tables, whose strings are not prose.
-_SKIPPED = frozenset(
-    "test tests idlelib lib2to3 site-packages dist-packages lib-dynload ensurepip turtledemo encodings msilib "
-    "__pycache__ _pyrepl pydoc_data".split()
+_SKIPPED = re.compile(
+    "tests?|idlelib|lib2to3|(site|dist)-packages|ensurepip|turtledemo|encodings|msilib|pydoc_data|"
+    "_sysconfigdata.*|config-.*|__phello__|this|antigravity"
 )
-_GENERATED = re.compile(r"_sysconfigdata.*|config-.*|__phello__.*|this|antigravity")
 
 Task = Literal["text", "docstring", "summary"]
 
@@ -62,17 +61,19 @@ class PyDocs(Source):
     """Read the docstrings and the language reference of the running Python's standard library.
 
     Files are parsed, never imported. Modules are kept for evaluation by a hash of their names, and a docstring that
-    stands in several places is used once, so training and evaluation share none.
+    stands in several places is used once, so training and evaluation share none; nor do they share a paragraph of
+    running text.
 
     Args:
-        task: "text" is running text, cut at paragraphs; "docstring" completes the source of a function with its docstring;
-            "summary" completes a signature with the first sentence of its docstring.
+        task: "text" is running text, cut at paragraphs; "docstring" completes a function's source, or the signature of
+            a class or a long function, with its docstring; "summary" completes a signature with the docstring's first
+            paragraph.
     """
 
     task: Task = "text"
 
     def samples(self, split: Split) -> Iterator[Sample]:
-        """Yield the samples of a split: modules in alphabetic order, the held-out ones by a hash of their place.
+        """Yield the samples of a split: module by module for training, the held-out ones by a hash of their place.
 
         Args:
             split: "train" (at most `limit`) or "eval" (at most `holdout`).
@@ -97,9 +98,10 @@ class PyDocs(Source):
     def fingerprint(self) -> str:
         """Return a hash of the Python release, the options and the code that reads the sources."""
         version = [platform.python_implementation(), platform.python_version()]
+        sizes = [(module, path.stat().st_size) for module, path in _modules(library())]  # distributions patch releases
         code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         options = [self.task, self.limit, self.holdout]
-        return hashlib.sha256(json.dumps(["pydocs", version, options, code]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(["pydocs", version, sizes, options, code]).encode()).hexdigest()
 
     def describe(self) -> str:
         """Return which Python's documentation is read, and how."""
@@ -131,11 +133,14 @@ def library() -> Path:
 
 
 def _modules(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the name and the file of every module worth reading, in alphabetic order."""
-    for path in sorted(root.rglob("*.py")):
-        names = path.relative_to(root).with_suffix("").parts
-        if not _SKIPPED.intersection(names) and not any(_GENERATED.fullmatch(name) for name in names):
-            yield ".".join(name for name in names if name != "__init__"), path
+    """Yield the name and the file of every module worth reading, folder by folder, in a fixed order."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not _SKIPPED.fullmatch(name))
+        for name in sorted(files):
+            path = Path(folder, name)
+            if path.suffix == ".py" and not _SKIPPED.fullmatch(path.stem):
+                names = path.relative_to(root).with_suffix("").parts
+                yield ".".join(name for name in names if name != "__init__"), path
 
 
 @cache
@@ -154,7 +159,7 @@ def _definitions(root: Path) -> tuple[Definition, ...]:
 
 def _documented(module: str, text: str) -> Iterator[Definition]:
     """Yield the documented definitions of a module in the order of their lines."""
-    lines = text.splitlines()
+    lines = text.split("\n")  # as the parser counts them: a form feed ends no line
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
@@ -178,12 +183,16 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> s
 
 
 def _code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """Return the source of a function without its docstring and decorators, from the file's own lines."""
-    doc = node.body[0]
-    if len(node.body) == 1 or doc.lineno <= node.lineno:
+    """Return the source of a function without its docstring and decorators, from the file's own lines.
+
+    It is "" where nothing but the docstring is there, or where the docstring shares a line with something else.
+    """
+    doc, *rest = node.body
+    end = doc.end_lineno or doc.lineno
+    if not rest or rest[0].lineno == end or lines[doc.lineno - 1][: doc.col_offset].strip():
         return ""
-    head = lines[node.lineno - 1 : doc.lineno - 1]
-    return textwrap.dedent("\n".join([*head, *lines[doc.end_lineno or doc.lineno : node.end_lineno]])).strip("\n")
+    kept = [*lines[node.lineno - 1 : doc.lineno - 1], *lines[end : node.end_lineno]]
+    return "\n".join(line.removeprefix(" " * node.col_offset) for line in kept)
 
 
 def _topics(path: Path) -> Iterator[Definition]:
@@ -197,11 +206,16 @@ def _topics(path: Path) -> Iterator[Definition]:
 
 
 def _texts(definitions: tuple[Definition, ...]) -> Iterator[tuple[str, Sample]]:
-    """Yield the running text of each module in passages of whole paragraphs."""
+    """Yield the running text of each module in passages of whole paragraphs, without what was said before."""
+    said: set[str] = set()
     for module, group in itertools.groupby(definitions, key=lambda definition: definition.module):
-        paragraphs = [
-            (definition.line, paragraph) for definition in group for paragraph in re.split(r"\n\s*\n", definition.doc)
-        ]
+        paragraphs = []
+        for definition in group:
+            for paragraph in re.split(r"\n\s*\n", definition.doc):
+                if paragraph not in said:
+                    paragraphs.append((definition.line, paragraph))
+                    if len(paragraph) >= _SHORTEST:
+                        said.add(paragraph)
         for line, passage in _passages(paragraphs):
             yield module, Sample(kind="text", answers=(passage,), where=f"{module}:{line}")
 

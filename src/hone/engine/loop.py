@@ -199,9 +199,9 @@ class Trainer:
                 if turn is None:
                     continue
                 player_name = turn.player
-                guard.check_loss(turn.loss, run.step + 1, batch.where)
+                guard.check_loss(turn.loss.detach(), run.step + 1, batch.where)
                 (turn.loss / units).backward()
-                for name, value in {"loss": turn.loss, **turn.metrics}.items():
+                for name, value in {"loss": turn.loss.detach(), **turn.metrics}.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
             if not player_name:
                 return row

@@ -22,6 +22,8 @@ from hone.samplers.text import Sample as Sampling
 from hone.text.generate import generate
 from hone.text.model import LanguageModel
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
     """Return the model of a run folder with its recipe, or a plain model folder."""
@@ -96,13 +98,14 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
 
 
 @torch.no_grad()
-def export_run(path: Path, to: str, out: Path | None) -> dict[str, Any]:
+def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[str, Any]:
     """Write a run's model for other libraries and prove that it is the same model.
 
     Args:
         path: a run folder.
         to: "hf" writes the whole model, an adapter merged into its base; "peft" the adapter alone.
         out: where; None writes RUN/export-TO.
+        dtype: "float32", "bfloat16" or "float16" for a whole model; "" keeps what was trained.
 
     Returns:
         The path and the largest difference of a logit between the trained and the exported model.
@@ -114,6 +117,8 @@ def export_run(path: Path, to: str, out: Path | None) -> dict[str, Any]:
     require_finished(folder)
     if to not in ("hf", "peft"):
         raise HoneError(f"--to: expected hf or peft, got '{to}'")
+    if dtype not in ("", *DTYPES) or (dtype and to == "peft"):
+        raise HoneError(f"--dtype: expected one of {', '.join(DTYPES)} with --to hf, got '{dtype}'")
     made, adapted = folder.path / "model", (folder.path / "model" / "adapter_config.json").is_file()
     if to == "peft" and not adapted:
         raise HoneError(f"{folder.path} trained whole weights: there is no adapter to export; use --to hf")
@@ -121,6 +126,8 @@ def export_run(path: Path, to: str, out: Path | None) -> dict[str, Any]:
     if target.exists():
         raise HoneError(f"'{target}' exists already, and nothing is ever overwritten; give another one with --out")
     trained = LanguageModel.load(str(made))
+    if dtype:
+        trained.to(DTYPES[dtype])
     with staged(target) as staging:
         if to == "hf":
             trained.save(staging)
@@ -129,6 +136,7 @@ def export_run(path: Path, to: str, out: Path | None) -> dict[str, Any]:
                 if file.name != "checksums.json":
                     (staging / file.name).write_bytes(file.read_bytes())
     again = LanguageModel.load(str(target))
+    trained.float()
     ids = torch.arange(1, 33)[None] % trained.hf.config.vocab_size
     error = float((trained.hf(input_ids=ids).logits - again.hf(input_ids=ids).logits).abs().max())
     if not error <= 1e-4:

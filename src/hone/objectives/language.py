@@ -41,7 +41,12 @@ class SFT(Objective):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss over trained tokens, and how many of them are the likeliest token ("accuracy")."""
+        """Return the summed loss over trained tokens, and the weight of those that are likeliest as "accuracy".
+
+        Args:
+            model: the language model that trains.
+            batch: B trees as a packed forest of T tokens.
+        """
         return next_token_loss(model, batch, trained(batch), CrossEntropy(label_smoothing=self.label_smoothing))
 
 
@@ -67,11 +72,20 @@ class Pretrain(Objective):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
 
     def count(self, batch: Packed) -> float:
-        """Return the number of tokens that have a predecessor."""
+        """Return the number of tokens that have a predecessor.
+
+        Args:
+            batch: B trees as a packed forest of T tokens.
+        """
         return float((batch.previous >= 0).sum())
 
     def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss over predicted tokens, and how many of them are the likeliest token ("accuracy")."""
+        """Return the summed loss over predicted tokens, and how many of them are likeliest as "accuracy".
+
+        Args:
+            model: the language model that trains.
+            batch: B trees as a packed forest of T tokens.
+        """
         everything = (batch.previous >= 0).to(batch.weights.dtype)
         return next_token_loss(model, batch, trained(batch, everything), CrossEntropy(z_loss=self.z_loss))
 

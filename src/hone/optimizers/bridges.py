@@ -12,7 +12,7 @@ import inspect
 import re
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -103,9 +103,9 @@ class Bridge(Optimizer):
         known = arguments(found)
         for group in groups if "weight_decay" not in known else []:
             group.pop("weight_decay", None)
-        given = {k: tuple(v) if isinstance(known[k].default, tuple) else v for k, v in self.options.items()}
+        paired = {k: tuple(v) for k, v in self.options.items() if isinstance(known[k].default, tuple)}
         try:
-            optimizer = found(groups, lr=self.lr, **given)
+            optimizer = cast("Any", found)(groups, lr=self.lr, **{**self.options, **paired})
         except (ValueError, TypeError) as error:
             shapes = sorted({p.ndim for group in groups for p in group["params"]})
             raise HoneError(
@@ -149,13 +149,17 @@ def _misfit(cls: type[Bridge], method: str, options: dict[str, Any]) -> list[tup
 
 
 def _lay_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Make state tensors contiguous, as a checkpoint gives them back: another layout would round products differently."""
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                state[key] = value.contiguous()
-            elif isinstance(value, list):
-                state[key] = [v.contiguous() if isinstance(v, torch.Tensor) else v for v in value]
+    """Make state tensors contiguous, as a checkpoint gives them back: products in another layout round differently."""
+    for key, value in optimizer.state.items():
+        optimizer.state[key] = _contiguous(value)
+
+
+def _contiguous(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.contiguous()
+    if isinstance(value, dict):
+        return {key: _contiguous(item) for key, item in value.items()}
+    return [_contiguous(item) for item in value] if isinstance(value, list) else value
 
 
 @part(
@@ -200,7 +204,7 @@ class PytorchOptimizer(Bridge):
     library: ClassVar[str] = "pytorch_optimizer"
     splits: ClassVar[frozenset[str]] = frozenset({"adago", "adamuon", "muon", "normuon"})
     refused: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("alig", "bsam", "lbfgs"), "it evaluates the loss inside its step, and the loop does not pass it"),
+        **dict.fromkeys(("alig", "bsam", "lbfgs"), "it evaluates the loss in its step, and the loop does not pass it"),
         **dict.fromkeys(("demo", "distributedmuon"), "it replaces the loop's own communication between processes"),
         **dict.fromkeys(
             ("adashift", "conda", "kron", "rose", "scalableshampoo"),
@@ -208,14 +212,14 @@ class PytorchOptimizer(Bridge):
         ),
         **dict.fromkeys(
             ("apollo", "fira", "galore"),
-            "its projection needs a rank per tensor, without which it is plain AdamW, and is an object that no checkpoint "
-            "can hold",
+            "its projection needs a rank per tensor, without which it is plain AdamW, and no checkpoint can hold it",
         ),
         "adafactor": "it ignores lr and the schedule unless told otherwise; use the part 'adafactor'",
         "lorarite": "it moves only the factors of a product, which it cannot tell from other tensors",
         "muonclip": "it reads the largest attention logits, which the loop does not pass",
+        "ranger": "its first steps climb the loss: it adds the gradient while its rectification is not yet defined",
         "sara": "it moves nothing without settings per tensor",
-    }  # fmt: skip
+    }
 
     @classmethod
     def classes(cls) -> dict[str, type[torch.optim.Optimizer]]:
@@ -241,6 +245,5 @@ class PytorchOptimizer(Bridge):
         hidden = [(name, p) for name, p in params if p.ndim == 2 and not _EDGES.search(name)]
         inside = {id(p) for _, p in hidden}
         rest = [(name, p) for name, p in params if id(p) not in inside]
-        return [
-            {**group, "use_muon": use} for use, some in ((True, hidden), (False, rest)) for group in super().groups(some)
-        ]
+        matrices, others = super().groups(hidden), super().groups(rest)
+        return [{**group, "use_muon": True} for group in matrices] + [{**group, "use_muon": False} for group in others]

@@ -19,7 +19,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
     "adamw",
     papers=[("Decoupled Weight Decay Regularization", "arXiv:1711.05101")],
     claim="Decoupling weight decay from the gradient makes Adam generalise better than Adam with L2 regularisation.",
-    deviations="The decay of a step is lr * weight_decay, as in PyTorch; the paper multiplies it by the schedule alone. "
+    deviations="The decay of a step is lr * weight_decay, as in PyTorch; the paper multiplies it by the schedule only. "
     "Tensors of fewer than two dimensions do not decay unless decay_all is set.",
 )
 @dataclass(kw_only=True)
@@ -102,11 +102,11 @@ class SGD(Optimizer):
     "optimizer",
     "adafactor",
     papers=[("Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", "arXiv:1804.04235")],
-    claim="Factored second moments match Adam with memory that grows with rows plus columns of a matrix, not their product.",
-    deviations="PyTorch's implementation: eps1 is a lower bound on the root of the second-moment estimate and on the mean "
-    "of its row factor, where the paper adds eps1^2 = 1e-30 to every squared gradient; 1e-15 makes the two agree unless "
-    "gradients vanish. The schedule multiplies lr, the bound on the relative step. Weight decay, which the paper has not, "
-    "is decoupled. No first moment.",
+    claim="Factored second moments match Adam with memory of rows plus columns of a matrix, not of their product.",
+    deviations="PyTorch's implementation: eps1 is a lower bound on the root of the second moment and on the mean of "
+    "its row factor, where the paper adds eps1^2 = 1e-30 to every squared gradient; 1e-15 makes the two agree unless "
+    "gradients vanish. The schedule multiplies lr, the bound on the relative step. Weight decay, which the paper has "
+    "not, is decoupled. No first moment.",
 )
 @dataclass(kw_only=True)
 class Adafactor(Optimizer):

@@ -1,7 +1,7 @@
 """Learning-rate schedules: a warmup that all share, then one of a few ways down to a floor.
 
-A schedule is a factor on the learning rate as a function of the step, counted from 0, and of the total. No step is spent
-on a rate of zero: step s of a warmup of W steps has factor (s + 1) / W, and the floor is reached after the last step.
+A schedule is a factor on the learning rate as a function of the step, counted from 0, and of the total. No step is
+spent on a rate of zero: step s of a warmup of W steps has factor (s + 1) / W, and the floor comes after the last step.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ class Linear(Descent):
     "schedule",
     "cosine",
     papers=[("SGDR: Stochastic Gradient Descent with Warm Restarts", "arXiv:1608.03983")],
-    claim="Cosine annealing with warm restarts reaches a good solution in two to four times fewer epochs than step decay.",
-    deviations="One cycle unless cycles says otherwise; the cycles fill the run, so their first length follows from their "
-    "number. A linear warmup may precede them. Any optimizer.",
+    claim="Cosine annealing with warm restarts needs two to four times fewer epochs than decay in steps.",
+    deviations="One cycle unless cycles says otherwise; the cycles fill the run, so the length of the first follows "
+    "from their number. A linear warmup may precede them. Any optimizer.",
 )
 @dataclass(kw_only=True)
 class Cosine(Descent):
@@ -176,7 +176,10 @@ class Cosine(Descent):
     "schedule",
     "wsd",
     papers=[
-        ("MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies", "arXiv:2404.06395"),
+        (
+            "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies",
+            "arXiv:2404.06395",
+        ),
         ("Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", "arXiv:2405.18392"),
     ],
     claim="A constant rate followed by a short decay matches a cosine of the same length, and any step of the constant "
@@ -202,7 +205,7 @@ class WSD(Descent):
 
     def after_warmup(self, step: int, rise: int, total: int) -> float:
         """Return 1 in the stable phase, then the shape."""
-        begin = max(rise, total - steps_of(self.decay, total))
+        begin = min(total, max(rise, total - steps_of(self.decay, total)))
         return super().after_warmup(step, begin, total) if step >= begin else 1.0
 
     def height(self, step: int, length: int) -> float:

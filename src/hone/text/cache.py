@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hone.errors import ModelError
 from hone.text.attention import Plan
 
 FIRST_CAPACITY = 32  # tokens per sample that buffers have room for at first; they double from there
@@ -27,14 +26,13 @@ FIRST_CAPACITY = 32  # tokens per sample that buffers have room for at first; th
 
 @dataclass
 class _Layer:
-    """The cache of one attention layer: P columns of prompt, C columns of room per sample, Hkv key heads.
+    """What one call of attention in a forward pass has seen: P prompt columns, room for C tokens per sample, Hkv heads.
 
     Args:
         prompt_key: (Hkv, prompts, P, d) aligned at the end; a layer with a sliding window keeps only what it can reach.
         prompt_value: (Hkv, prompts, P, dv).
         key: (Hkv, N, C, d), of which the first `filled` columns hold tokens.
         value: (Hkv, N, C, dv).
-        prompts: number of prompts stored so far.
         filled: number of generated tokens stored so far.
     """
 
@@ -42,15 +40,15 @@ class _Layer:
     prompt_value: Tensor
     key: Tensor
     value: Tensor
-    prompts: int = 0
     filled: int = 0
 
 
 class DecodeCache:
-    """Keys and values of P prompts and of N samples of them, and the attention over both.
+    """Keys and values of prompts and of N samples of them, and the attention over both.
 
-    First each part of the prompts goes through the model with the plan that `prefill` returns; then the cache itself is
-    the plan of every decode step.
+    First the prompts go through the model, in order and in as many parts as memory asks for, each with a `PromptPlan`;
+    then the cache itself is the plan of every decode step. Layers are told apart by the order in which a forward pass
+    calls them, so that models which run one module several times need nothing special.
     """
 
     def __init__(self, lengths: Sequence[int], samples: int, limit: int, device: torch.device) -> None:
@@ -66,18 +64,9 @@ class DecodeCache:
         self.limit = max(1, limit)
         self.owner = torch.arange(len(lengths), device=device).repeat_interleave(samples)  # (N,) prompt of each row
         self.width = max(lengths)
-        self.layers: dict[nn.Module, _Layer] = {}
+        self.layers: list[_Layer] = []
+        self._next = 0  # the layer that attends next
         self._arrange()
-
-    def prefill(self, plan: Plan, first: int, starts: Tensor) -> PromptPlan:
-        """Return the plan that runs some prompts as a packed forest and stores their keys.
-
-        Args:
-            plan: attention over the packed forest of these prompts.
-            first: index of the first of them; prompts are stored in order.
-            starts: (m+1,) where each begins in the packed row.
-        """
-        return PromptPlan(self, plan, first, starts)
 
     def attend(
         self,
@@ -95,7 +84,7 @@ class DecodeCache:
         """Store one new token per sample and attend from it to its prompt and to all tokens of the sample.
 
         Args:
-            module: the attention layer, which names its buffers.
+            module: the attention layer, unused.
             query: (1, H, N, d).
             key: (1, Hkv, N, d).
             value: (1, Hkv, N, dv).
@@ -110,18 +99,16 @@ class DecodeCache:
         """
         # Under autocast the values are in low precision already, while rotary embeddings may have widened the others.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        layer = self.layers[module]
+        layer = self.layers[self._next]
+        self._next = (self._next + 1) % len(self.layers)
         self._append(layer, key[0], value[0])
-        columns, now = layer.prompt_key.shape[2], layer.filled
-        # Columns of the prompt and own tokens that the window leaves; the nearest column is at distance `now`.
-        near = columns if sliding_window is None else min(columns, max(0, sliding_window - now))
-        begin = 0 if sliding_window is None else max(0, now - sliding_window)
-        heads, rows = key.shape[1], key.shape[2]
+        prompt_key, prompt_value, own_key, own_value = _visible(layer, sliding_window)
+        near, total, (heads, rows) = prompt_key.shape[2], prompt_key.shape[2] + own_key.shape[2], key.shape[1:3]
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         queries = (query[0] * scaling).unflatten(0, (heads, -1)).transpose(1, 2)  # (Hkv, N, H / Hkv, d)
 
-        shared = self._spread(queries) @ layer.prompt_key[:, :, columns - near :].transpose(-1, -2)
-        own = queries @ layer.key[:, :, begin:now].transpose(-1, -2)
+        shared = self._spread(queries) @ prompt_key.transpose(-1, -2)
+        own = queries @ own_key.transpose(-1, -2)
         if softcap is not None:
             shared, own = softcap * torch.tanh(shared / softcap), softcap * torch.tanh(own / softcap)
         if self.padding is not None:
@@ -132,8 +119,7 @@ class DecodeCache:
         wide = torch.promote_types(own.dtype, torch.float32)
         probs = torch.cat(parts, dim=-1).softmax(dim=-1, dtype=wide).to(value.dtype)
 
-        out = self._collect(self._spread(probs[..., :near]) @ layer.prompt_value[:, :, columns - near :])
-        out = out + probs[..., near : near + now - begin] @ layer.value[:, :, begin:now]
+        out = self._collect(self._spread(probs[..., :near]) @ prompt_value) + probs[..., near:total] @ own_value
         return out.permute(1, 0, 2, 3).reshape(1, rows, -1, out.shape[-1])
 
     def keep(self, rows: Tensor) -> None:
@@ -146,48 +132,40 @@ class DecodeCache:
         prompts, self.owner = torch.unique(owner, return_inverse=True)
         self.lengths = self.lengths[prompts]
         width = int(self.lengths.max())
-        for layer in self.layers.values():
+        for layer in self.layers:
             layer.key, layer.value = layer.key[:, rows], layer.value[:, rows]
-            columns = layer.prompt_key.shape[2]
-            if len(prompts) < layer.prompts:
-                spare = max(0, columns - width)
+            if len(prompts) < layer.prompt_key.shape[1]:
+                spare = max(0, layer.prompt_key.shape[2] - width)
                 layer.prompt_key = layer.prompt_key[:, prompts, spare:]
                 layer.prompt_value = layer.prompt_value[:, prompts, spare:]
-                layer.prompts = len(prompts)
         self.width = width
         self._arrange()
 
-    def store(self, module: nn.Module, key: Tensor, value: Tensor, first: int, index: Tensor) -> None:
-        """Store the keys and values of some prompts.
+    def store(self, layer: int, key: Tensor, value: Tensor, first: int, index: Tensor) -> None:
+        """Store what one layer has seen of some prompts.
 
         Args:
-            module: the attention layer.
+            layer: how many layers attended before it in the same forward pass.
             key: (Hkv, T, d) of the packed prompts.
             value: (Hkv, T, dv).
             first: index of the first prompt.
             index: (m, columns) which token of the packed row stands in each column of the prompts.
-
-        Raises:
-            ModelError: the layer runs twice in one forward pass, so that it would need two caches.
         """
-        columns, rows = index.shape[1], len(self.owner)
-        layer = self.layers.get(module)
-        if layer is None:
-            heads, capacity = key.shape[0], min(FIRST_CAPACITY, self.limit)
-            layer = self.layers[module] = _Layer(
-                key.new_empty(heads, len(self.lengths), columns, key.shape[-1]),
-                value.new_empty(heads, len(self.lengths), columns, value.shape[-1]),
-                key.new_empty(heads, rows, capacity, key.shape[-1]),
-                value.new_empty(heads, rows, capacity, value.shape[-1]),
-            )
-        if layer.prompts != first:
-            raise ModelError(
-                f"{type(module).__name__} runs more than once in a forward pass (shared layers), which the cache of "
-                "generation cannot hold; load the model with packs=False"
-            )
-        layer.prompt_key[:, first : first + len(index)] = key[:, index]
-        layer.prompt_value[:, first : first + len(index)] = value[:, index]
-        layer.prompts = first + len(index)
+        if layer == len(self.layers):
+            self.layers.append(self._empty(key, value, index.shape[1]))
+        buffers = self.layers[layer]
+        buffers.prompt_key[:, first : first + len(index)] = key[:, index]
+        buffers.prompt_value[:, first : first + len(index)] = value[:, index]
+
+    def _empty(self, key: Tensor, value: Tensor, columns: int) -> _Layer:
+        """Make buffers for keys like (Hkv, T, d) and values like (Hkv, T, dv)."""
+        prompts, rows, room = len(self.lengths), len(self.owner), min(FIRST_CAPACITY, self.limit)
+        return _Layer(
+            key.new_empty(key.shape[0], prompts, columns, key.shape[-1]),
+            value.new_empty(key.shape[0], prompts, columns, value.shape[-1]),
+            key.new_empty(key.shape[0], rows, room, key.shape[-1]),
+            value.new_empty(key.shape[0], rows, room, value.shape[-1]),
+        )
 
     def _append(self, layer: _Layer, key: Tensor, value: Tensor) -> None:
         """Store (Hkv, N, d) keys and values in the next column, doubling the room when it is full."""
@@ -218,12 +196,28 @@ class DecodeCache:
             grid = rows.new_zeros(rows.shape[0], len(self.lengths) * self.per_prompt, *rows.shape[2:])
             grid[:, self.cells] = rows
             rows = grid
-        return rows.reshape(rows.shape[0], len(self.lengths), -1, rows.shape[-1])
+        return rows.reshape(rows.shape[0], len(self.lengths), self.per_prompt * rows.shape[2], rows.shape[3])
 
     def _collect(self, grid: Tensor) -> Tensor:
         """(Hkv, prompts, samples * r, k) per prompt back to (Hkv, N, r, k) per sample: the inverse of `_spread`."""
-        rows = grid.reshape(grid.shape[0], len(self.lengths) * self.per_prompt, -1, grid.shape[-1])
+        heads, prompts, queries, width = grid.shape
+        rows = grid.reshape(heads, prompts * self.per_prompt, queries // self.per_prompt, width)
         return rows if self.cells is None else rows[:, self.cells]
+
+
+def _visible(layer: _Layer, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the keys and values of the prompts and of the samples that a window leaves to each sample's last token."""
+    columns, end = layer.prompt_key.shape[2], layer.filled
+    if window is None:
+        return layer.prompt_key, layer.prompt_value, layer.key[:, :, :end], layer.value[:, :, :end]
+    # The last column of the prompt is at distance `end`, own column j at distance `end - 1 - j`; all below `window`.
+    first, begin = columns - min(columns, max(0, window - end)), max(0, end - window)
+    return (
+        layer.prompt_key[:, :, first:],
+        layer.prompt_value[:, :, first:],
+        layer.key[:, :, begin:end],
+        layer.value[:, :, begin:end],
+    )
 
 
 class PromptPlan:
@@ -239,6 +233,7 @@ class PromptPlan:
             starts: (m+1,) where each prompt begins in the packed row.
         """
         self.cache, self.plan, self.first = cache, plan, first
+        self._next = 0  # the layer that attends next
         starts = starts.to(cache.lengths.device)
         columns = torch.arange(-cache.width, 0, device=starts.device)
         # Padding in front of a shorter prompt repeats its first token: any finite value does, as it is masked.
@@ -260,7 +255,8 @@ class PromptPlan:
         """Store keys and values and return what the wrapped plan computes; the arguments are those of `Plan.attend`."""
         reach = self.cache.width if sliding_window is None else min(self.cache.width, sliding_window - 1)
         index = self.index[:, self.cache.width - reach :]
-        self.cache.store(module, key[0].to(value.dtype), value[0], self.first, index)
+        self.cache.store(self._next, key[0].to(value.dtype), value[0], self.first, index)
+        self._next += 1
         return self.plan.attend(
             module, query, key, value,
             scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, sinks=sinks,

@@ -1,7 +1,8 @@
-"""Padding, for models that cannot run a packed tree: recurrent ones, and those without transformers' attention registry.
+"""Padding, for models that cannot run a packed tree: recurrent ones, and those that compute attention on their own.
 
-Each chain from a root to a leaf becomes one row, padded on the right, and a token's hidden state is read back from the
-first row that holds it.
+Each chain from a root to a leaf becomes one row, filled up on the right, and a token's hidden state is read back from
+the first row that holds it. No mask is needed, since in a causal model nothing to its right reaches a token; and masks
+do harm where a padding place sees no key at all.
 """
 
 from __future__ import annotations
@@ -19,14 +20,12 @@ class Rows:
     """A packed forest unrolled into one row per leaf.
 
     Args:
-        tokens: (B, L) token ids; a padding place holds some valid id.
-        mask: (B, L) int64, 1 at tokens and 0 at padding.
+        tokens: (B, L) token ids; padding repeats the batch's last token.
         row: (T,) row in which each packed token is read back.
         column: (T,) its place in that row.
     """
 
     tokens: Tensor
-    mask: Tensor
     row: Tensor
     column: Tensor
 
@@ -47,8 +46,7 @@ class Rows:
         for number in reversed(range(len(chains))):  # so that the first row that holds a token wins
             row[chains[number]] = number
             column[chains[number]] = torch.arange(len(chains[number]))
-        index = index.to(device)
-        return cls(batch.tokens[index.clamp(min=0)], (index >= 0).to(torch.int64), row.to(device), column.to(device))
+        return cls(batch.tokens[index.to(device)], row.to(device), column.to(device))
 
     def packed(self, values: Tensor) -> Tensor:
         """Return the values (T, ...) in packed order of values (B, L, ...) in rows.
@@ -70,5 +68,5 @@ def padded_hidden(decoder: nn.Module, rows: Rows) -> Tensor:
         decoder: a transformers model without its head, with an attention implementation of transformers.
         rows: the unrolled batch.
     """
-    output = decoder(input_ids=rows.tokens, attention_mask=rows.mask, use_cache=False)
+    output = decoder(input_ids=rows.tokens, use_cache=False)
     return rows.packed(output.last_hidden_state)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-
 MaskMod = Callable[[Any, Any, Tensor, Tensor], Tensor]
 
 
@@ -37,7 +36,7 @@ class Intervals:
     def of_tokens(self) -> tuple[Tensor, Tensor]:
         """The interval [enter, leave) of each token's segment, (T,) each, on the device of the positions."""
         children: list[list[int]] = [[] for _ in self.parents]
-        roots = []
+        roots: list[int] = []
         for index, parent in enumerate(self.parents):
             (children[parent] if parent >= 0 else roots).append(index)
         sizes = [1] * len(self.parents)
@@ -113,19 +112,22 @@ def flex_tree_attention(
     Returns:
         (1, T, H, d').
     """
-
-    def capped(score: Tensor, batch: Any, head: Any, query_index: Any, key_index: Any) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
     output = _kernel(query.is_cuda)(
         query, key, value,
-        score_mod=None if softcap is None else capped,
+        score_mod=None if softcap is None else _capped(softcap),
         block_mask=intervals.block_mask(window), scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return output.transpose(1, 2)
 
 
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, batch: Any, head: Any, query: Any, key: Any) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
 @cache
-def _kernel(compiled: bool) -> Callable[..., Tensor]:
+def _kernel(compiled: bool) -> Any:
     """Return flex attention, compiled where it has a kernel; without one it is only for checking."""
     return torch.compile(flex_attention) if compiled else flex_attention

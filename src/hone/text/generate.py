@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from hone.errors import ModelError, NumericError
 from hone.samplers.text import greedy
 from hone.text.attention import TreePlan
-from hone.text.cache import DecodeCache
+from hone.text.cache import DecodeCache, PromptPlan
 from hone.text.model import LanguageModel
 from hone.text.pack import Tree, pack
 
@@ -31,7 +33,7 @@ Sampler = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """One sample of one prompt.
 
@@ -85,7 +87,7 @@ def generate(
         max_new_tokens: most tokens of an answer, a stop token included.
         sampler: called with logits (N, V) and uniforms (N,) in [0, 1), returns (N,) ids.
         stop: ids that end an answer.
-        seed: seeds the uniforms.
+        seed: seeds the uniforms; the same seed draws the same answers again.
         batch: most samples that run at once, which bounds memory; the samples of one prompt always run together.
         on_progress: called with (finished samples, all samples) whenever some finish.
 
@@ -102,13 +104,14 @@ def generate(
     room = _room(model, prompts, max_new_tokens)
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     found: dict[int, list[Generation]] = {}
-    total = samples * len(prompts)
+
+    def report(before: int, count: int) -> None:
+        if on_progress is not None:
+            on_progress(before + count, samples * len(prompts))
+
     with _evaluation(model), torch.no_grad():
         for wave in _waves(lengths, max(1, batch // samples), equal=not model.packs):
-            draws = _Draws(wave, room[wave], samples, sampler, stop, seed)
-            if on_progress is not None:
-                finished = samples * len(found)
-                draws.on_finish = lambda count, before=finished: on_progress(before + count, total)
+            draws = _Draws(wave, room[wave], samples, sampler, stop, seed, partial(report, samples * len(found)))
             run = _decode if model.packs else _decode_with_transformers
             run(model, [np.asarray(prompts[i]) for i in wave], samples, draws)
             found.update(zip(wave.tolist(), draws.generations(samples), strict=True))
@@ -161,7 +164,14 @@ class _Draws:
     """
 
     def __init__(
-        self, prompts: np.ndarray, room: np.ndarray, samples: int, sampler: Sampler, stop: Sequence[int], seed: int
+        self,
+        prompts: np.ndarray,
+        room: np.ndarray,
+        samples: int,
+        sampler: Sampler,
+        stop: Sequence[int],
+        seed: int,
+        on_finish: Callable[[int], None],
     ) -> None:
         rows = len(prompts) * samples
         self.sampler, self.stop = sampler, np.array(list(stop), dtype=np.int64)
@@ -170,7 +180,7 @@ class _Draws:
         self.tokens = np.zeros((rows, int(room.max())), dtype=np.int32)
         self.logprobs = np.zeros(self.tokens.shape)
         self.lengths = np.zeros(rows, dtype=np.int64)  # tokens drawn, 0 while it runs
-        self.on_finish: Callable[[int], None] = lambda count: None
+        self.on_finish = on_finish  # called with how many have ended
 
     def take(self, logits: Tensor, rows: np.ndarray, step: int) -> Tensor:
         """Pick token `step` of each row from its logits (n, V); rows that ended before are picked for, not kept."""
@@ -238,7 +248,7 @@ def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache
             total += len(prompts[end])
             end += 1
         forest = pack([Tree((p,), (np.zeros(len(p), np.float32),), (-1,)) for p in prompts[first:end]]).to(device)
-        plan = cache.prefill(TreePlan(forest), first, forest.starts)
+        plan = PromptPlan(cache, TreePlan(forest), first, forest.starts)
         hidden = model.states(forest.tokens, forest.positions, plan)
         logits.append(model.head(hidden[(forest.starts[1:] - 1).to(device)]))
         first = end
@@ -262,7 +272,7 @@ def _decode_with_transformers(model: LanguageModel, prompts: list[np.ndarray], s
 
     Equal lengths need no padding, which several recurrent models would take into their state.
     """
-    hf = model.hf
+    hf: Any = model.hf
     tokens = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(next(model.parameters()).device)
     tokens = tokens.repeat_interleave(samples, dim=0)
     stop = draws.stop.tolist()

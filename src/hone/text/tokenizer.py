@@ -87,4 +87,5 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"tokenizer: expected a folder with a tokenizer or a Hub name, got '{path}': {error}") from error
+        expected = "a folder with a tokenizer or a Hub name"
+        raise ModelError(f"tokenizer: expected {expected}, got '{path}': {error}") from error

@@ -7,9 +7,8 @@ Both go over the hidden states in chunks whose logits take a constant number of 
 a sum are finished during its forward pass, while a chunk's logits are at hand, so that no matrix product is done twice;
 a map computes its chunks again in the backward pass, since only then is each token's weight known.
 
-Within a chunk two sizes matter. Matrix products want many rows. Pointwise arithmetic wants few, so that its passes stay
-in the processor's cache; so a chunk's logits are overwritten with their gradient block of rows by block of rows. Beside
-the gradients themselves, peak memory is hence one chunk of logits, for any function of the logits.
+Matrix products want many rows, pointwise arithmetic few, so that its passes stay in the processor's cache; so a chunk's
+logits are overwritten with their gradient by blocks of rows. Beside the gradients, peak memory is one chunk of logits.
 """
 
 from __future__ import annotations
@@ -406,7 +405,7 @@ class _GeneralPass:
         """Make room for chunks of at most `rows` rows; parameters' gradients will be added to `sums` if `train`."""
         self.head, self.parameters, self.autocast = sweep.head, sweep.parameters, sweep.autocast
         self.sums, self.train = sums, train
-        self.graph: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self.graph: Any = None  # the logits and what they derive from, until they are taken back
         self.buffer = sweep.hidden.new_empty(rows, sweep.vocabulary, dtype=sweep.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -420,8 +419,7 @@ class _GeneralPass:
 
     def take_back(self, gradient: Tensor, into: Tensor | None) -> None:
         """Take d/dlogits (n, V) back to the hidden states and add it to the parameters' sums."""
-        assert self.graph is not None
-        (output, inputs), self.graph = self.graph, None  # freed before the next chunk makes its own
+        (output, inputs), self.graph = self.graph, None
         first, *rest = torch.autograd.grad(output, inputs, gradient, materialize_grads=True)
         if into is not None:
             into.copy_(first)

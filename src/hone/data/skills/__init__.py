@@ -1,12 +1,8 @@
-"""The skills of the `chains` data: small problems with worked steps and exact answers.
-
-    >>> SKILLS["add"].generate(Random(0), 1).prompt
-    'add 87 + 47 =\\n'
-    >>> solve("sort 31 7 22 9 =")
-    '7 9 22 31'
-"""
+"""The skills of the `chains` data: small problems with worked steps and exact answers, in two families."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from hone.data.skills.arithmetic import ARITHMETIC
 from hone.data.skills.base import Problem, Skill
@@ -18,7 +14,7 @@ __all__ = ["SKILLS", "Problem", "Skill", "choose", "final_answer", "solve"]
 SKILLS: dict[str, Skill] = {skill.name: skill for skill in (*ARITHMETIC, *LISTS)}
 
 
-def choose(names: list[str] | None) -> list[Skill]:
+def choose(names: Iterable[str] | None) -> tuple[Skill, ...]:
     """Return the skills that names ask for, each once, in the order of `SKILLS`.
 
     Args:
@@ -27,16 +23,18 @@ def choose(names: list[str] | None) -> list[Skill]:
     Raises:
         HoneError: a name is none of these, or there is none.
     """
-    groups = {skill.name: [skill] for skill in SKILLS.values()}
+    groups: dict[str, list[Skill]] = {}
     for skill in SKILLS.values():
-        groups.setdefault(skill.family, []).append(skill)
-        groups.setdefault("easy" if skill.easy else "hard", []).append(skill)
-    wanted = set(groups if names is None else names)
-    for name in sorted(wanted - set(groups)):
-        raise HoneError(f"there is no skill '{name}' ({nearest(name, groups) or 'known: ' + ', '.join(groups)})")
+        for name in (skill.name, skill.family, "easy" if skill.easy else "hard"):
+            groups.setdefault(name, []).append(skill)
+    wanted = list(groups if names is None else names)
+    unknown = [name for name in wanted if name not in groups]
+    if unknown:
+        hints = (f"'{name}' ({nearest(name, groups) or 'known: ' + ', '.join(sorted(groups))})" for name in unknown)
+        raise HoneError(f"there is no skill {', nor '.join(hints)}")
     if not wanted:
         raise HoneError("the list of skills is empty; leave it out to use all of them")
-    return [skill for skill in SKILLS.values() if wanted & {skill.name, skill.family, "easy" if skill.easy else "hard"}]
+    return tuple(skill for skill in SKILLS.values() if any(skill in groups[name] for name in wanted))
 
 
 def solve(prompt: str) -> str:

@@ -7,14 +7,16 @@ into the next column and the digits found so far.
 from __future__ import annotations
 
 import math
+import operator
 import re
+from collections import deque
 from collections.abc import Iterator
 from itertools import zip_longest
 from random import Random
 
 from hone.data.skills.base import Skill, between, pick
 
-_SMALL = (9, 20, 50, 99, 99)  # largest operand at difficulty 1 to 5 where a step is done in the head
+_SMALL = (20, 30, 50, 99, 99)  # largest operand at difficulty 1 to 5 where a step is done in the head
 _NAMES = ("Ann", "Ben", "Eva", "Mia", "Sam", "Tom")
 _THINGS = ("apples", "cards", "coins", "eggs", "pens", "shells")
 _GAINS = ("buys", "finds", "gets", "wins")
@@ -44,11 +46,12 @@ def _draw_add(rng: Random, difficulty: int) -> str:
 
 
 def _add(a: int, b: int) -> Work:
-    steps, found, carry = [], "", 0
-    for x, y in (*_columns(a, b), (0, 0)):
+    steps: list[str] = []
+    found, carry = "", 0
+    columns = deque(_columns(a, b))
+    while columns or carry:
+        x, y = columns.popleft() if columns else (0, 0)
         total = x + y + carry
-        if (x, y) == (0, 0) and not carry and len(steps) >= max(len(str(a)), len(str(b))):
-            break
         found = f"{total % 10}{found}"
         steps.append(f"{x}+{y}+{carry}={total} c{total // 10} {found}")
         carry = total // 10
@@ -56,8 +59,7 @@ def _add(a: int, b: int) -> Work:
 
 
 def _draw_subtract(rng: Random, difficulty: int) -> str:
-    numbers = (_digits(rng, between(rng, difficulty, difficulty + 1)) for _ in range(2))
-    small, large = sorted(numbers)
+    small, large = sorted(_digits(rng, count) for count in (between(rng, difficulty, difficulty + 1), difficulty + 1))
     return f"{large} - {small}"
 
 
@@ -73,18 +75,19 @@ def _subtract(a: int, b: int) -> Work:
 
 
 def _draw_multiply(rng: Random, difficulty: int) -> str:
-    wide, narrow = ((2, 1), (3, 1), (2, 2), (3, 2), (4, 2))[difficulty - 1]
+    wide, narrow = ((3, 1), (4, 1), (2, 2), (3, 2), (4, 2))[difficulty - 1]
     first = _digits(rng, wide)
     return f"{first} * " + "".join(str(between(rng, 2, 9)) for _ in range(narrow))
 
 
 def _times(a: int, digit: int, found: str) -> Work:
-    """Multiply by one digit; `found` holds the zeros that its place value appends."""
-    steps, carry = [], 0
-    for x in (*(int(x) for x in reversed(str(a))), 0):
+    """Multiply by one digit; `found` starts as the zeros that the digit's place appends."""
+    steps: list[str] = []
+    carry = 0
+    digits = deque(int(x) for x in reversed(str(a)))
+    while digits or carry:
+        x = digits.popleft() if digits else 0
         total = x * digit + carry
-        if len(steps) == len(str(a)) and not carry:
-            break
         found = f"{total % 10}{found}"
         steps.append(f"{x}*{digit}+{carry}={total} c{total // 10} {found}")
         carry = total // 10
@@ -157,9 +160,9 @@ def _draw_evaluate(rng: Random, difficulty: int) -> str:
 def _left_to_right(words: list[str]) -> Work:
     """Add and subtract in order: ["9", "-", "2", "+", "5"]."""
     steps, total = [], int(words[0])
-    for operator, number in zip(words[1::2], words[2::2], strict=True):
-        value = total + int(number) if operator == "+" else total - int(number)
-        steps.append(f"{total}{operator}{number}={value}")
+    for sign, number in zip(words[1::2], words[2::2], strict=True):
+        value = total + int(number) if sign == "+" else total - int(number)
+        steps.append(f"{total}{sign}{number}={value}")
         total = value
     return steps, str(total)
 
@@ -170,7 +173,7 @@ def _draw_precedence(rng: Random, difficulty: int) -> str:
     plain += plain >= product
     total, body = 0, ""
     for index in range(terms):
-        value = between(rng, 1, _SMALL[difficulty - 1])
+        value = between(rng, 1, max(50, _SMALL[difficulty - 1]))
         text = str(value)
         if index == product or (index != plain and rng.random() < 0.4):
             a, b = between(rng, 2, 9), between(rng, 2, 9)
@@ -216,8 +219,9 @@ def _draw_compose(rng: Random, difficulty: int) -> str:
 
 
 def _draw_function(rng: Random, difficulty: int) -> str:
-    operator = pick(rng, "+-*")
-    return f"{operator}{between(rng, 2, 3 if difficulty <= 2 else 5) if operator == '*' else between(rng, 1, 9)}"
+    sign = pick(rng, "+-*")
+    number = between(rng, 2, 3 if difficulty <= 2 else 5) if sign == "*" else between(rng, 1, 9)
+    return f"{sign}{number}"
 
 
 def _compose(body: str) -> Work:
@@ -225,9 +229,9 @@ def _compose(body: str) -> Work:
     functions = dict(definition.split("=x") for definition in definitions.split())
     names, value, steps = re.findall("[fg]", call), _integers(call)[0], []
     for name in reversed(names):
-        operator, number = functions[name][0], int(functions[name][1:])
-        result = {"+": value + number, "-": value - number, "*": value * number}[operator]
-        steps.append(f"{name}({value})={value}{operator}{number}={result}")
+        sign, number = functions[name][0], int(functions[name][1:])
+        result = {"+": value + number, "-": value - number, "*": value * number}[sign]
+        steps.append(f"{name}({value})={value}{sign}{number}={result}")
         value = result
     return steps, str(value)
 
@@ -239,9 +243,9 @@ def _compose_truth(body: str) -> str:
     def apply(depth: int) -> int:
         if depth == len(names):
             return int(value)
-        operator, number = f if names[depth] == "f" else g
+        sign, number = f if names[depth] == "f" else g
         inner = apply(depth + 1)
-        return inner * int(number) if operator == "*" else inner + int(operator + number)
+        return inner * int(number) if sign == "*" else inner + int(sign + number)
 
     return str(apply(0))
 
@@ -291,7 +295,7 @@ ARITHMETIC = (
     Skill("multiply", "arithmetic", False, _draw_multiply, lambda b: _multiply(*_integers(b)), _signed_sum),
     Skill(
         "remainder", "arithmetic", False, _draw_remainder, lambda b: _remainder(*_integers(b)),
-        lambda b: str(math.fmod(*_integers(b))).removesuffix(".0"),
+        lambda b: str(operator.mod(*_integers(b))),
     ),
     Skill(
         "compare", "arithmetic", True, _draw_compare, lambda b: _compare(*_integers(b)), lambda b: _sign(*_integers(b)),

@@ -40,7 +40,7 @@ class Skill:
     Args:
         name: the word that every prompt of the skill begins with.
         family: "arithmetic" or "list".
-        easy: a small model learns it from a few thousand examples.
+        easy: belongs to the group "easy", where a model starts; the others make up "hard".
         draw: (rng, difficulty 1 to 5) to the body of a prompt, e.g. "47 + 38".
         work: body to (worked steps, answer), where the answer is what the steps lead to.
         truth: body to the exact answer, computed without the steps.

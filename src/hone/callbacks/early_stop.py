@@ -1,0 +1,80 @@
+"""Early stopping: end a run when its evaluations no longer improve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from hone.callbacks.base import Callback
+from hone.errors import HoneError, nearest
+from hone.parts import part
+
+if TYPE_CHECKING:
+    from hone.engine.loop import Run
+
+
+@part("callback", "early_stop", papers="original")
+@dataclass(kw_only=True)
+class EarlyStop(Callback):
+    """Ends the run after some evaluations in a row without an improvement.
+
+    The evaluation before the first step counts as the first to beat. With `final: best` the run keeps its best weights.
+
+    Args:
+        metric: figure of the evaluation to watch: "loss" or the name of a metric.
+        patience: evaluations in a row without an improvement that end the run.
+        mode: whether a smaller or a larger figure is better; "auto" is "min" for the loss and "max" for a metric.
+        min_delta: least change that counts as an improvement, in units of the figure.
+    """
+
+    metric: str = "loss"
+    patience: Annotated[int, Field(ge=1)] = 3
+    mode: Literal["auto", "min", "max"] = "auto"
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    best: float | None = field(init=False, default=None)
+    waited: int = field(init=False, default=0)
+
+    def on_start(self, run: Run) -> None:
+        """Refuse a run that is not evaluated on its way.
+
+        Raises:
+            HoneError: the recipe sets no `eval_every`.
+        """
+        if run.recipe.eval_every is None:
+            raise HoneError("callback 'early_stop' watches evaluations, and the recipe makes none: set eval_every")
+
+    def on_eval(self, run: Run, row: dict[str, Any]) -> None:
+        """Compare the figure with the best so far, and stop when patience runs out.
+
+        Raises:
+            HoneError: the evaluation has no such figure.
+        """
+        if run.stop or run.step >= run.total:  # the run ends anyway: this evaluation decides nothing
+            return
+        if self.metric not in row:
+            figures = [name for name in row if name != "step"]
+            hint = nearest(self.metric, figures) or f"it has: {', '.join(figures) or 'none'}"
+            raise HoneError(f"callback 'early_stop': the evaluation has no figure '{self.metric}' ({hint})")
+        value = float(row[self.metric])
+        larger = self.mode == "max" or (self.mode == "auto" and self.metric != "loss")
+        gain = 0.0 if self.best is None else (value - self.best if larger else self.best - value)
+        if self.best is None or gain > self.min_delta:
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            run.stop = f"early stop: {self.metric} did not improve on {self.best:.4g} in {self.waited} evaluations"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best figure and how many evaluations have passed since."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state.
+
+        Args:
+            state: as `state_dict` returned it.
+        """
+        self.best, self.waited = state["best"], state["waited"]

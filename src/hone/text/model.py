@@ -1,0 +1,218 @@
+"""The language model: an unmodified Hugging Face causal model that runs packed trees."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hone.errors import ModelError
+from hone.text.attention import NAME, Plan, TreePlan
+from hone.text.fallback import Rows, padded_hidden
+from hone.text.loading import build_fresh, read_pretrained
+from hone.text.loading import shipped_base as shipped_base  # part of this module's interface
+from hone.text.pack import Packed
+from hone.text.probe import find_obstacle
+from hone.text.vocabulary import Head, token_logprobs
+
+if TYPE_CHECKING:
+    from hone.text.render import Renderer
+
+log = logging.getLogger("hone")
+
+
+class LanguageModel(nn.Module):
+    """A causal language model with its tokenizer.
+
+    The model of transformers inside, `hf`, works as ever: `hf(input_ids)`, `hf.generate`, `hf.save_pretrained`.
+    """
+
+    def __init__(self, hf: PreTrainedModel, tokenizer: Any, template: str | None = None) -> None:
+        """Wrap a model and prove on it that packing is exact; where it is not, fall back to padding and say so.
+
+        Args:
+            hf: a causal model of transformers.
+            tokenizer: its tokenizer.
+            template: chat template: "chatml", the path of a .jinja file, or None for the tokenizer's own.
+
+        Raises:
+            ModelError: the model's logits cannot be computed from its hidden states, or it is not causal.
+        """
+        super().__init__()
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.template = template
+        if self.packs:  # wrapped before: go back to what transformers would choose, for the proof
+            hf.set_attn_implementation("sdpa" if hf._supports_sdpa else "eager")
+        self._stock = hf.config._attn_implementation
+        self._planned: tuple[Packed, TreePlan] | None = None
+        if obstacle := find_obstacle(self):
+            log.warning("sequences are padded instead of packed, which is slower: %s", obstacle)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        template: str | None = None,
+    ) -> LanguageModel:
+        """Load a model with its tokenizer.
+
+        Args:
+            path: "base" (the shipped model), a folder in Hugging Face format, a folder with an adapter in PEFT format
+                (merged into its base), or a Hub name "owner/name". Only safetensors are read, and no code.
+            dtype: of the weights.
+            device: where it computes.
+            template: chat template: "chatml", the path of a .jinja file, or None for the tokenizer's own.
+
+        Raises:
+            ModelError: the model or its tokenizer is missing, or is not a causal language model.
+        """
+        hf, tokenizer = read_pretrained(path, dtype)
+        hf.to(device)  # type: ignore[arg-type]
+        return cls(hf, tokenizer, template)
+
+    @classmethod
+    def fresh(cls, config: Mapping[str, Any], tokenizer: Any, *, template: str | None = None) -> LanguageModel:
+        """Build a model with random weights, drawn from torch's generator.
+
+        Args:
+            config: configuration in the words of transformers, e.g. {"model_type": "llama", "hidden_size": 192};
+                vocabulary size and special tokens follow from the tokenizer.
+            tokenizer: the model's tokenizer.
+            template: chat template, as for `load`.
+
+        Raises:
+            ModelError: the model type or a key is unknown, or a value does not fit.
+        """
+        return cls(build_fresh(config, tokenizer), tokenizer, template)
+
+    @property
+    def packs(self) -> bool:
+        """Whether batches run as packed trees; False falls back to padded rows, which every causal model can do."""
+        return self.hf.config._attn_implementation == NAME
+
+    @packs.setter
+    def packs(self, value: bool) -> None:
+        """Switch to padding, or back to packing after the proof has held."""
+        self.hf.set_attn_implementation(NAME if value else self._stock)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """What turns samples into trees and prompts with this model's tokenizer and template."""
+        from hone.text.render import Renderer
+
+        eos_ids = getattr(self.hf.generation_config, "eos_token_id", None)
+        return Renderer(self.tokenizer, self.template, eos_ids)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        found = self.hf.get_decoder()
+        if found is not self.hf:
+            return found
+        return next((part for part in self.hf.children() if isinstance(part, PreTrainedModel)), found)
+
+    @property
+    def head(self) -> Head:
+        """The output layer, (n, D) -> (n, V): classifier with bias, then scale and soft cap where there are any."""
+        config = self.hf.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return Head(self.hf.get_output_embeddings(), _logit_scale(config), cap)
+
+    def hidden(self, batch: Packed) -> Tensor:
+        """Return the last hidden states (T, D) in packed order: what the head is applied to.
+
+        Args:
+            batch: on the model's device.
+        """
+        if not self.packs:
+            return padded_hidden(self.decoder, Rows.unroll(batch))
+        if self._planned is None or self._planned[0] is not batch:  # policy and reference often see the same batch
+            self._planned = batch, TreePlan(batch)
+        return self.states(batch.tokens, batch.positions, self._planned[1])
+
+    def states(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Return the last hidden states (T, D) of a flat row of tokens.
+
+        Args:
+            tokens: (T,) token ids.
+            positions: (T,) position of each token on its chain.
+            plan: the attention between them.
+        """
+        output = self.decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, plan=plan)
+        return output.last_hidden_state[0]
+
+    def logprobs(self, batch: Packed, temperature: float = 1.0) -> Tensor:
+        """Return log p(token t | the tokens before it on its chain) (T,), 0 at the first token of a root.
+
+        Args:
+            batch: on the model's device.
+            temperature: what the logits are divided by.
+        """
+        hidden = self.hidden(batch)
+        predicted = (batch.previous >= 0).nonzero().squeeze(1)
+        states = hidden[batch.previous[predicted]]
+        values = token_logprobs(states, self.head, batch.tokens[predicted], temperature=temperature)
+        return values.new_zeros(len(batch)).index_put((predicted,), values)
+
+    def checkpoint_layers(self, enabled: bool) -> None:
+        """Switch recomputation on or off: layers keep their inputs only and run again in the backward pass.
+
+        Args:
+            enabled: True trades about a third more computation for memory.
+
+        Raises:
+            ModelError: the architecture does not support it.
+        """
+        supported = self.hf.supports_gradient_checkpointing
+        if enabled and not supported:
+            raise ModelError(f"recompute: {type(self.hf).__name__} does not support it; switch it off")
+        if enabled:
+            _either(self.hf, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
+                {"use_reentrant": False}
+            )
+        elif supported:
+            _either(self.hf, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+
+    def save(self, folder: Path) -> None:
+        """Write the model with its tokenizer and generation settings in Hugging Face format.
+
+        Args:
+            folder: where; made when it is missing.
+        """
+        self.hf.save_pretrained(folder)
+        self.save_tokenizer(folder)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer, with the chat template that was trained on.
+
+        Args:
+            folder: where; made when it is missing.
+        """
+        if self.template is not None:
+            self.tokenizer.chat_template = self.renderer.template
+        self.tokenizer.save_pretrained(folder)
+
+
+def _logit_scale(config: Any) -> float:
+    """Return the factor between the classifier's output and the logits; architectures disagree on its name."""
+    if getattr(config, "logits_scaling", None) is not None:  # Granite divides by it, HyperCLOVA X multiplies
+        return config.logits_scaling if config.model_type.startswith("hyperclovax") else 1 / config.logits_scaling
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon H1
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return 1.0
+
+
+def _either(owner: object, new: str, old: str) -> Any:
+    """Return a method by its name in transformers 5.20 and later, or by the older one, which those deprecate."""
+    return getattr(owner, new, None) or getattr(owner, old)
