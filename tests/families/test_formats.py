@@ -364,10 +364,11 @@ def test_a_stream_holds_out_of_its_beginning_without_counting(tmp_path):
 
 
 class Endless(Files):
-    """A stream without an end."""
+    """A stream that is never read to its end."""
 
     def rows(self):
-        return ((({"text": str(i)}), f"endless:{i}") for i in itertools.count())
+        yield from (({"text": str(i)}, f"endless:{i}") for i in range(1000))
+        raise AssertionError("read on and on")
 
 
 def test_the_held_out_rows_of_an_endless_stream_are_found():

@@ -47,7 +47,9 @@ def imported(tree: ast.AST) -> dict[str, str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                found[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name.split(".")[0]
+                found[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
     return found
@@ -172,5 +174,7 @@ def test_what_only_looks_alike_is_not(text: str) -> None:
 
 
 def test_an_exception_holds_for_its_function_alone() -> None:
-    text = "import importlib\ndef load(n):\n    importlib.import_module(n)\ndef other(n):\n    importlib.import_module(n)"
+    text = (
+        "import importlib\ndef load(n):\n    importlib.import_module(n)\ndef other(n):\n    importlib.import_module(n)"
+    )
     assert [f.key in EXCEPTIONS for f in findings("src/hone/parts.py", text)] == [True, False]

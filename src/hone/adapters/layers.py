@@ -216,8 +216,8 @@ def refusal(module: nn.Module) -> str:
 class Wrapped(nn.Module):
     """A frozen layer with what an adapter adds to it.
 
-    `weight` is the weight in effect, so that code which reads a layer's weight instead of calling the layer (a chunked
-    vocabulary loss, `nn.MultiheadAttention`) sees the adapter too. Other attributes are those of the layer.
+    `weight` is the weight in effect, so that code which reads a layer's weight instead of calling the layer, such as
+    `nn.MultiheadAttention`, sees the adapter too. Other attributes are those of the layer.
 
     Args:
         base: the layer that the adapter goes around.

@@ -28,9 +28,6 @@ _MARKER = re.compile(r"####|answer\s*:", re.IGNORECASE)
 class Source(ABC):
     """A source of canonical samples.
 
-    With `holdout=0` the whole source is the "train" split and the "eval" split is empty: that is how a source named by
-    `eval_data` is read.
-
     Args:
         format: format of the rows; "auto" tells it from the column names of the first row.
         columns: which column plays which role where the names say too little, e.g. {prompt: ask, completion: reply}.
@@ -66,6 +63,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash that changes whenever the samples would; it keys the token cache."""
+
+    def evaluation_split(self) -> Split:
+        """Return the split to evaluate on where a recipe names this source as `eval_data`."""
+        return "eval"
 
     def describe(self) -> str:
         """Return one line for the log that says what the samples are."""
@@ -173,6 +174,11 @@ class RowSource(Source):
                 raise DataError(f"{self.title()}: there are no rows; expected at least one")
             self._layout = sniff(row, where, format=self.format, columns=self.columns, chat=self.chat)
         return self._layout
+
+    def evaluation_split(self) -> Split:
+        """Hold nothing out, so that a source named by `eval_data` is evaluated on as a whole, and return that split."""
+        self.holdout = 0
+        return "train"
 
     def describe(self) -> str:
         """Return the source's name and the format of its rows."""

@@ -170,6 +170,7 @@ class Trainer:
         """
         run, cluster = self.run, self.run.cluster
         began = time.perf_counter()
+        run.model.train()
         seed_all(run.recipe.seed, run.step + 1, cluster.rank)
         shares = divide(trees, self.limit, cluster.world)[cluster.rank :: cluster.world]
         if cluster.sharded:  # every process must make the same number of forward passes

@@ -13,6 +13,7 @@ from typing import Any
 
 from hone.data.open import Opened, open_data
 from hone.data.sample import Sample
+from hone.data.source import Source, Split
 from hone.engine import evaluate, sharding
 from hone.engine.checkpoint import Checkpoints, read_state, staged
 from hone.engine.devices import Cluster, seed_all
@@ -85,19 +86,19 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     """
     seed_all(recipe.seed, 0)
     source = recipe.build("data")
-    eval_source = source if recipe.eval_data is None else recipe.build("eval_data")
+    eval_source, eval_split = evaluation_data(recipe, source)
     start, objective = recipe.build("model"), recipe.build("objective")
     model = start.load(device=cluster.device, dtype=cluster.dtype, data=source)
     model.checkpoint_layers(recipe.recompute)
 
-    def opened(which: Any, split: str) -> Opened:
-        label = "reading data" if split == "train" else "reading held-out data"
+    def opened(label: str, which: Source, split: Split) -> Opened:
         display.start(label, None)
         made = open_data(which, model.renderer, consumes=objective.consumes, split=split, progress=display.update)
         display.stop()
         return made
 
-    data, eval_data = opened(source, "train"), opened(eval_source, "eval")
+    data = opened("reading data", source, "train")
+    eval_data = opened("reading held-out data", eval_source, eval_split)
     display.say(data.describe())
     adapter = recipe.build("adapter")
     adapter.attach(model.hf, data.calibration(recipe.batch_tokens, recipe.seed))
@@ -114,6 +115,19 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     base = str(shipped_base()) if base == "base" else base
     metrics, sampler = recipe.build("metrics"), recipe.build("sampler")
     return Bench(run, adapter, source, data, eval_source, eval_data, metrics, sampler, base)
+
+
+def evaluation_data(recipe: Recipe, source: Source | None = None) -> tuple[Source, Split]:
+    """Return what a recipe evaluates on: the held-out split of its data, or all of `eval_data`.
+
+    Args:
+        recipe: a checked recipe.
+        source: its training data, when it is built already.
+    """
+    if recipe.eval_data is None:
+        return recipe.build("data") if source is None else source, "eval"
+    other = recipe.build("eval_data")
+    return other, other.evaluation_split()
 
 
 def describe_model(bench: Bench) -> dict[str, Any]:
@@ -186,6 +200,7 @@ class Stage:
         if not interrupted:
             self._finish()
         run.cluster.barrier()
+        run.loader.close()
         self.trackers.close()
         self.seconds += time.perf_counter() - began
         return self._result(interrupted)

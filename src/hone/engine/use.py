@@ -14,7 +14,7 @@ from hone.engine.checkpoint import staged
 from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
 from hone.engine.progress import Display
-from hone.engine.run import require_finished
+from hone.engine.run import evaluation_data, require_finished
 from hone.errors import HoneError
 from hone.recipe import Recipe
 from hone.samplers.text import Greedy
@@ -56,8 +56,8 @@ def sample_run(
     if prompts:
         asked = [Sample(kind="prompt", prompt=text, where="--prompt") for text in prompts]
     elif recipe is not None:
-        source = recipe.build("data" if recipe.eval_data is None else "eval_data")
-        held_out = open_data(source, model.renderer, consumes="any", split="eval").samples
+        source, split = evaluation_data(recipe)
+        held_out = open_data(source, model.renderer, consumes="any", split=split).samples
         asked = [s for s in held_out if s.kind != "text"][:3]
     else:
         raise HoneError("give a prompt: hone sample FOLDER --prompt 'some text'")
@@ -86,8 +86,8 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     cluster = Cluster(recipe.device, recipe.precision)
     model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
     objective = recipe.build("objective")
-    source = recipe.build("data" if recipe.eval_data is None else "eval_data")
-    opened = open_data(source, model.renderer, consumes=objective.consumes, split="eval", progress=display.update)
+    source, split = evaluation_data(recipe)
+    opened = open_data(source, model.renderer, consumes=objective.consumes, split=split, progress=display.update)
     loss = evaluate.mean_loss(model, objective, opened.trees, recipe.micro_tokens or recipe.batch_tokens, cluster)
     found = evaluate.answer(
         model, source, opened.samples[: recipe.eval_samples], recipe.build("metrics"), sampler=recipe.build("sampler"),

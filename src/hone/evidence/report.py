@@ -87,7 +87,7 @@ def _charts(rows: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]
         steps = [row["step"] for row in rows]
         losses = [row.get("loss") for row in rows]
         traces = [
-            _line(steps, losses, "each step", BLUE, width=1, opacity=0.35),
+            _line(steps, losses, "each step", BLUE, width=1, opacity=0.45),
             _line(steps, smooth(losses), "training, smoothed", BLUE, width=2.5),
         ]
         held = [(e["step"], e["loss"]) for e in evaluations if e.get("loss") is not None]

@@ -196,7 +196,7 @@ class Renderer:
                 f"turns cannot be compared as one text. Keep one assistant turn per answer, or: {FIX}"
             )
         chosen, rejected = (chains[0] for chains in both)
-        shared = takewhile(lambda two: two[0] == two[1] , zip(chosen, rejected, strict=False))
+        shared = takewhile(lambda two: two[0] == two[1] and not two[0][1], zip(chosen, rejected, strict=False))
         cut = len(list(shared))
         root = self._segment(chosen[:cut], plain=isinstance(sample.prompt, str))
         answers = [self._segment(chain[cut:], plain=False) for chain in (chosen, rejected)]

@@ -376,7 +376,7 @@ def test_the_bridge_passes_on_what_peft_refuses() -> None:
         PeftBridge(method="loha", options={"target_modules": ["wte"]}).attach(gpt2())
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:fan_in_fan_out:UserWarning")
 def test_the_bridge_merges_only_what_it_can_take_back() -> None:
     model, adapter = llama(), PeftBridge(method="lily", options={"target_modules": ["q_proj"]})
     adapter.attach(model)
@@ -398,5 +398,5 @@ def test_the_bridge_never_merges_into_a_tied_weight() -> None:
     model, adapter = gpt2(), PeftBridge(method="lora", options={"target_modules": ["wte"]})
     adapter.attach(model)
     for fold in (adapter.merge, adapter.strip):
-        with pytest.raises(HoneError, match="'transformer.wte' shares its weight with other layers"):
+        with pytest.raises(HoneError, match=r"'transformer.wte' shares its weight with other layers"):
             fold(model)
