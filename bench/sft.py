@@ -110,7 +110,6 @@ def hone_side(steps: int, adapter: str) -> dict[str, float]:
     """Train with hone's own loop on the same documents."""
     import numpy as np
     import torch
-    from hone.text.model import LanguageModel
     from transformers import LlamaForCausalLM
 
     from hone import options
@@ -118,6 +117,7 @@ def hone_side(steps: int, adapter: str) -> dict[str, float]:
     from hone.engine.devices import Cluster
     from hone.engine.loop import Player, Run, Trainer
     from hone.recipe import Recipe
+    from hone.text.model import LanguageModel
     from hone.text.pack import Tree
 
     torch.manual_seed(0)

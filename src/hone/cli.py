@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
-    from hone.engine.run import summary
+    from hone.engine.summary import summary
 
     if as_json:
         print(json.dumps(result))
@@ -119,13 +119,16 @@ def sample(
     samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 picks the most probable token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the sampler.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template, as a user's turn.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer prompts with a trained model; without --prompt, some held-out ones."""
     from hone.engine.use import sample_run
 
-    rows = sample_run(run, prompt, samples=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    rows = sample_run(
+        run, prompt, samples=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
+    )
     if as_json:
         print(json.dumps(rows))
         return

@@ -7,6 +7,7 @@ import builtins
 from dataclasses import dataclass
 
 import pytest
+
 from guards.sources import scoped, sources
 
 MODULES = {"pickle", "_pickle", "cPickle", "shelve", "marshal", "dill", "cloudpickle", "runpy", "imp"}

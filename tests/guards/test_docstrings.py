@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
+
 from guards.sources import sources
 
 MANY = 3  # a function of this many arguments or more documents them

@@ -7,8 +7,8 @@ import dataclasses
 import re
 
 import pytest
-from guards.sources import sources
 
+from guards.sources import sources
 from hone import parts
 
 IDENTIFIER = re.compile(r"arXiv:\d{4}\.\d{4,5}|https://\S+|doi:10\.\S+")

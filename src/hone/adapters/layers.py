@@ -237,6 +237,8 @@ class Wrapped(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if hasattr(type(self), name):  # a property of this class failed: the base's value would hide it
+                raise
             return getattr(super().__getattr__("base_layer"), name)
 
     @property

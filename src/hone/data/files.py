@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
 
+from hone.data.formats import CONTINUES
 from hone.data.source import RowSource
 from hone.errors import DataError, nearest
 from hone.parts import part
@@ -300,15 +301,15 @@ def read_text(file: Path, size: int) -> Rows:
         if length < size or (length < 2 * size and line.strip()) or not any(part.strip() for part in parts):
             continue
         if ready:
-            yield {"text": ready, "continues": True}, f"{file}:{ready_at}"
+            yield {"text": ready, CONTINUES: True}, f"{file}:{ready_at}"
         ready, ready_at, begin = "".join(parts), begin, number + 1
         parts, length = [], 0
     last = "".join(parts)
     if ready and last.strip():
-        yield {"text": ready, "continues": True}, f"{file}:{ready_at}"
-        yield {"text": last, "continues": False}, f"{file}:{begin}"
+        yield {"text": ready, CONTINUES: True}, f"{file}:{ready_at}"
+        yield {"text": last, CONTINUES: False}, f"{file}:{begin}"
     elif (ready + last).strip():
-        yield {"text": ready + last, "continues": False}, f"{file}:{ready_at}"
+        yield {"text": ready + last, CONTINUES: False}, f"{file}:{ready_at}"
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {

@@ -25,6 +25,7 @@ from hone.data.sample import Message, Sample
 from hone.errors import DataError, nearest
 
 FIELDS = ("weight", "margin", "label", "reward")
+CONTINUES = "continues"  # true in a row of running text that is not the last of its document: no end-of-text token then
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
@@ -293,7 +294,7 @@ def sniff(
     for shape in SHAPES:
         found = _match(shape, row, given) if format in ("auto", shape.name) else None
         if found is not None:
-            used = {*found.values(), *FIELDS}
+            used = {*found.values(), *FIELDS, CONTINUES}
             return Format(shape, found, chat, tuple(str(name) for name in row if name not in used))
     raise DataError(_unknown(row, where, format, given))
 

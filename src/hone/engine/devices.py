@@ -97,7 +97,8 @@ class Cluster:
     def describe(self) -> str:
         """Return the device in words."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s' if count > 1 else ''}" if self.device.type == "cpu" else ""
         how = ", each with a share of the weights" if self.sharded else ""
         several = f", {self.world} processes{how}" if self.world > 1 else ""
         return f"{name}{threads}, {self.precision}{several}"

@@ -14,7 +14,7 @@ from rich.text import Text
 from hone.engine.checkpoint import Checkpoints, read_state
 from hone.engine.devices import Cluster
 from hone.engine.loop import Trainer
-from hone.engine.progress import Display, clock, console
+from hone.engine.progress import Display, clock, console, listen
 from hone.engine.run import Bench, assemble, describe_model
 from hone.recipe import Recipe
 from hone.text.pack import Tree
@@ -78,6 +78,7 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
         recipe: a checked recipe; of a staged one, the first stage is rehearsed.
         display: shows three samples, what is trained in colour.
     """
+    listen()
     recipe = recipe.staged()[0]
     cluster = Cluster(recipe.device, recipe.precision, recipe.sharding)
     bench = assemble(recipe, cluster, display)
@@ -138,5 +139,6 @@ def _print_sample(number: int, pieces: list[tuple[str, bool]], display: Display)
     text = Text(f"sample {number} (")
     text.append("trained", style="bold green").append(", ").append("read only", style="dim").append(")\n")
     for piece, trained in pieces:
-        text.append(piece, style="bold green" if trained else "dim")
+        marked = f"\u27e6{piece}\u27e7" if trained and not console.is_terminal else piece  # no colours: brackets
+        text.append(marked, style="bold green" if trained else "dim")
     console.print(text)

@@ -23,7 +23,10 @@ class _ConsoleHandler(logging.Handler):
 
 
 def listen() -> None:
-    """Send the `hone` logger to the console, once."""
+    """Send the `hone` logger to the console, once, and silence the bars that transformers draws over it."""
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
     if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
         log.addHandler(_ConsoleHandler())
         log.propagate = False

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hone.data.open import Opened, open_data
 from hone.data.sample import Sample
 from hone.data.source import Source, Split
@@ -20,7 +22,7 @@ from hone.engine.devices import Cluster, seed_all
 from hone.engine.folder import RunFolder
 from hone.engine.loop import Player, Run, Trainer, load_tensors
 from hone.engine.manifest import folder_hash, manifest
-from hone.engine.progress import Display, clock, listen
+from hone.engine.progress import Display, listen
 from hone.engine.tracking import Trackers
 from hone.errors import HoneError, NumericError
 from hone.recipe import Recipe, dump
@@ -103,6 +105,10 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     adapter = recipe.build("adapter")
     adapter.attach(model.hf, data.calibration(recipe.batch_tokens, recipe.seed))
     model.to(device=cluster.device)
+    if cluster.precision == "bf16":  # autocast would cast a frozen weight anew in every forward pass
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
     if cluster.sharded:
         sharding.shard(model, cluster)
     loader = data.loader(recipe.batch_tokens, recipe.seed, recipe.epochs)
@@ -411,24 +417,6 @@ def _combine(results: list[dict[str, Any]], folder: RunFolder, count: int, clust
     if cluster.main:
         folder.write("result.json", combined)
     return combined
-
-
-def summary(result: dict[str, Any]) -> list[str]:
-    """Return what a run made, where, and the next commands to try, as lines of text."""
-    run_path = result["run"]
-    lines = [f"{result['steps']} steps, {result['tokens']:,} tokens in {clock(result['seconds'])}, "
-             f"peak memory {result['peak_memory'] / 2**20:,.0f} MiB"]  # fmt: skip
-    if result["status"] == "interrupted":
-        return [*lines, f"{result['reason']}; everything is saved. Go on with:  hone resume {run_path}"]
-    for name, after in result["after"].items():
-        before = result["before"].get(name)
-        if before is not None:
-            as_percent = name != "loss"
-            shown = [f"{v:.1%}" if as_percent else f"{v:.3f}" for v in (before, after)]
-            lines.append(f"held-out {name}: {shown[0]} before, {shown[1]} after")
-    return [*lines, f"model:  {result['model']}", f"report: {result['report']}", "next:",
-            f"  hone sample {run_path} --prompt '...'", f"  hone eval {run_path}",
-            f"  hone export {run_path} --to hf"]  # fmt: skip
 
 
 def require_finished(folder: RunFolder) -> dict[str, Any]:

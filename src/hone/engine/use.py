@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from hone.data.open import open_data
-from hone.data.sample import Sample
+from hone.data.sample import Message, Sample
 from hone.engine import evaluate
 from hone.engine.checkpoint import staged
 from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
-from hone.engine.progress import Display
+from hone.engine.progress import Display, listen
 from hone.engine.run import evaluation_data, require_finished
 from hone.errors import HoneError
 from hone.recipe import Recipe
@@ -27,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
     """Return the model of a run folder with its recipe, or a plain model folder."""
+    listen()
     if (path / "recipe.yaml").is_file():
         folder = RunFolder.open(path)
         require_finished(folder)
@@ -35,7 +36,7 @@ def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
 
 
 def sample_run(
-    path: Path, prompts: list[str], *, samples: int, max_new_tokens: int, temperature: float, seed: int
+    path: Path, prompts: list[str], *, samples: int, max_new_tokens: int, temperature: float, seed: int, chat: bool
 ) -> list[dict[str, Any]]:
     """Answer prompts with a trained model.
 
@@ -46,6 +47,7 @@ def sample_run(
         max_new_tokens: longest answer in tokens.
         temperature: 0 picks the most probable token.
         seed: seeds the sampler.
+        chat: put the prompts into the chat template, each as a user's turn.
 
     Raises:
         HoneError: there is no prompt and no run to take some from.
@@ -54,7 +56,8 @@ def sample_run(
     cluster = Cluster()
     model = LanguageModel.load(str(folder), device=cluster.device)
     if prompts:
-        asked = [Sample(kind="prompt", prompt=text, where="--prompt") for text in prompts]
+        turns = [(Message("user", text),) if chat else text for text in prompts]
+        asked = [Sample(kind="prompt", prompt=turn, where="--prompt") for turn in turns]
     elif recipe is not None:
         source, split = evaluation_data(recipe)
         held_out = open_data(source, model.renderer, consumes="any", split=split).samples
@@ -80,6 +83,7 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
         overrides: settings such as "eval_data=FILE" or "eval_samples=500".
         display: shows progress.
     """
+    listen()
     folder = RunFolder.open(path)
     require_finished(folder)
     recipe = Recipe.load(folder.path / "recipe.yaml", overrides).staged()[-1]
@@ -113,6 +117,7 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
     Raises:
         HoneError: an unknown format, a run without an adapter, an existing folder, or logits that differ.
     """
+    listen()
     folder = RunFolder.open(path)
     require_finished(folder)
     if to not in ("hf", "peft"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hone.data.formats import CONTINUES
 from hone.data.sample import Message, Sample
 from hone.errors import DataError, ModelError
 from hone.text.pack import Tree
@@ -212,7 +213,7 @@ class Renderer:
             return self._conversation(sample, (*sample.prompt, *more), len(sample.prompt) if more else 0)
         if not isinstance(answer, str):
             raise DataError(f"{sample.where}: a plain prompt needs a plain answer, found a list of turns")
-        closed = not sample.extra.get("continues", False)  # a passage of a longer text does not end it
+        closed = not sample.extra.get(CONTINUES, False)  # a passage of a longer text does not end it
         if not sample.prompt:
             return [[(Piece(answer, closed=closed), True)]]
         return [[(Piece(sample.prompt), False), (Piece(answer, self._company(sample.prompt), closed), True)]]

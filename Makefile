@@ -1,0 +1,54 @@
+# Every target works alone on a fresh machine, and costs nothing again until pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?= $(wildcard constraints.txt)
+
+# The newest torch comes with gigabytes of CUDA libraries, which a machine without an NVIDIA GPU has no use for.
+# The constraints name a release whose build for the CPU is small. PIP_CONSTRAINT= (empty) lifts them.
+ifeq ($(shell command -v nvidia-smi),)
+export PIP_CONSTRAINT ?= $(CONSTRAINTS)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format evidence bench clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(VENV)/.hone  ## train the shipped base model on a new skill, in a few minutes
+	$(BIN)/hone run quickstart
+
+test: lint  ## everything that must hold before a change goes in
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test  ## style, types and formatting
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix --select I src tests bench
+	$(BIN)/ruff format src tests bench
+
+evidence: $(VENV)/.test  ## what the claims rest on: each method against an independent implementation
+	$(BIN)/python -m pytest tests/oracles tests/conformance -v
+
+bench: $(VENV)/.test  ## speed and memory against peers, side by side
+	$(BIN)/python bench/sft.py
+
+clean:  ## remove the environment and what tools leave behind; runs stay
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("hone needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.hone: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.hone

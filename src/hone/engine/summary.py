@@ -1,0 +1,53 @@
+"""What a run says at its end: the gain, some answers, where everything lies, and what to try next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hone.engine.folder import RunFolder
+from hone.engine.progress import clock
+
+SHOWN = 3  # answers that are printed
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """Return what a run made, where, and the next commands to try, as lines of text.
+
+    Args:
+        result: what `run` or `resume` returned.
+    """
+    path = result["run"]
+    lines = [
+        f"{result['steps']} steps, {result['tokens']:,} tokens in {clock(result['seconds'])}, "
+        f"peak memory {result['peak_memory'] / 2**20:,.0f} MiB"
+    ]
+    if result["status"] == "interrupted":
+        return [*lines, f"{result['reason']}; everything is saved. Go on with:  hone resume {path}"]
+    lines += _answers(Path(path))
+    for name, after in result["after"].items():
+        before = result["before"].get(name)
+        if before is not None:
+            shown = [f"{value:.3f}" if name == "loss" else f"{value:.1%}" for value in (before, after)]
+            lines.append(f"held-out {name}: {shown[0]} before, {shown[1]} after")
+    return [
+        *lines, f"model:  {result['model']}", f"report: {result['report']}", "next:",
+        f"  hone sample {path} --prompt '...'", f"  hone eval {path}", f"  hone export {path} --to hf",
+    ]  # fmt: skip
+
+
+def _answers(path: Path) -> list[str]:
+    """Return a few prompts with the answers before and after, as lines of text."""
+    folders = [path, *sorted(path.glob("stage-*"))]
+    rows = [row for folder in folders for row in RunFolder(folder).rows("samples.jsonl")]
+    if not rows:
+        return []
+    first = {row["where"]: row for row in reversed(rows)}
+    lines = []
+    for row in [row for row in rows if row["step"] == rows[-1]["step"]][-SHOWN:]:
+        lines.append(f"--- {row['prompt'].strip()}")
+        for label, one in (("before", first[row["where"]]), ("after", row)):
+            mark = {None: "", 0.0: " (wrong)", 1.0: " (right)"}.get(one.get("accuracy"), "")
+            text = one["answer"].strip().replace("\n", "\n    ")
+            lines.append(f"  {label}{mark}:\n    {text[:400] or '(nothing)'}")
+    return [*lines, ""]
