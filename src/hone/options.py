@@ -132,7 +132,14 @@ def nested_kind(hint: Any) -> str | None:
 
 
 def check_nested(kind: str, value: Any, at: str, places: Places) -> list[Problem]:
-    """Check an option that holds one part or a list of parts."""
+    """Check an option that holds one part or a list of parts.
+
+    Args:
+        kind: kind of the parts.
+        value: what the recipe says.
+        at: dotted path of the option.
+        places: where each path was written.
+    """
     items = value if isinstance(value, list) else [value]
     spread = [f"{at}.{i}" for i in range(len(items))] if isinstance(value, list) else [at]
     return [p for item, path in zip(items, spread, strict=True) for p in check_part(kind, item, path, places)]
@@ -174,7 +181,14 @@ def _exists(text: str) -> bool:
 
 
 def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
-    """Check one part as a recipe writes it: its name, its options and what the part itself can tell without loading."""
+    """Check one part as a recipe writes it: its name, its options and what the part itself can tell without loading.
+
+    Args:
+        kind: kind of the part.
+        spec: what the recipe says: a name, or a mapping with `name` and options.
+        at: dotted path of the part.
+        places: where each path was written.
+    """
     try:
         name, options = split_spec(kind, spec)
     except HoneError as error:
@@ -183,7 +197,7 @@ def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
         known = [record.name for record in parts.catalogue() if record.kind == kind]
         hint = nearest(name, known) or f"known: {', '.join(known)}"
         return [Problem(at, f"there is no {kind} called '{name}'", places.find(at), hint)]
-    cls = parts.load(kind, name)
+    cls: Any = parts.load(kind, name)
     if ":" in name:
         own = {key: value for key, value in options.items() if key in hints(cls) and key not in ("method", "options")}
         rest = {key: value for key, value in options.items() if key not in own}

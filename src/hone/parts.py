@@ -105,7 +105,7 @@ def part(
     def register(cls: T) -> T:
         if not is_dataclass(cls) or any(not f.kw_only for f in cls.__dataclass_fields__.values()):
             raise TypeError(f"part '{name}': {cls.__name__} must be a dataclass(kw_only=True)")
-        cls.kind, cls.name = kind, name
+        cls.kind, cls.name = kind, name  # type: ignore[attr-defined]
         return cls
 
     return register

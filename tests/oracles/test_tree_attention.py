@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hone.text import attention as tree
-from hone.text.attention import NAME, TreePlan
+from hone.text.attention import NAME, Scoring, TreePlan
 from hone.text.blocks import can_use_blocks
 from hone.text.flex import flex_tree_attention
 from hone.text.pack import Packed, Tree, pack
@@ -171,8 +171,9 @@ class Dense(TreePlan):
         super().__init__(batch)
         self.mask = dense_mask(batch, None)
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        return dense_attention(query, key, value, self.mask, options["scaling"])
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        assert scoring.scaling is not None
+        return dense_attention(query, key, value, self.mask, scoring.scaling)
 
 
 def test_one_flipped_cell_is_noticed() -> None:
@@ -245,9 +246,8 @@ def test_random_forests(
     inputs = heads(len(batch), key_heads, value_size)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True) if with_sinks else None
     everything = [*inputs, *([sinks] if sinks is not None else [])]
-    found = TreePlan(batch).attend(
-        nn.Identity(), *inputs, scaling=0.4, sliding_window=window, softcap=softcap, sinks=sinks
-    )
+    scoring = Scoring(scaling=0.4, sliding_window=window, softcap=softcap, sinks=sinks)
+    found = TreePlan(batch).attend(nn.Identity(), *inputs, scoring)
     expected = dense_attention(*inputs, dense_mask(batch, window), 0.4, softcap, sinks)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     upstream = torch.randn_like(expected)
@@ -314,9 +314,9 @@ def test_dropout_drops_weights_and_scales_the_rest(softcap: float | None) -> Non
     query, key, _ = heads(len(batch), 4)
     value = torch.eye(len(batch), dtype=torch.float64).expand(1, 4, -1, -1)  # so that the output is the weights
     plan = TreePlan(batch)
-    whole = plan.attend(nn.Identity(), query, key, value, softcap=softcap)
+    whole = plan.attend(nn.Identity(), query, key, value, Scoring(softcap=softcap))
     torch.manual_seed(0)
-    dropped = plan.attend(nn.Identity(), query, key, value, dropout=0.25, softcap=softcap)
+    dropped = plan.attend(nn.Identity(), query, key, value, Scoring(dropout=0.25, softcap=softcap))
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
     assert 0.70 < kept.sum() / (whole != 0).sum() < 0.80

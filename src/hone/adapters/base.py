@@ -143,6 +143,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def check_keys(live: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
     """Check that saved tensors are those of a model, no more, no fewer and of the same shapes.
 
+    Args:
+        live: the model's tensors by name.
+        found: the saved ones.
+        folder: where they were read, for the message.
+
     Raises:
         HoneError: lists what is missing, what is left over and what has another shape.
     """

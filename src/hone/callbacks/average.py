@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.callbacks.base import Callback
+from hone.engine.sharding import copy_into
 from hone.errors import HoneError
 from hone.parts import part
 
@@ -73,9 +74,10 @@ class Average(Callback):
         if run.recipe.final == "best":
             raise HoneError("callback 'average' and 'final: best' both replace the final weights: set final: last")
         for name, weight in run.trainable:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            source = self.mean.get(name, weight.detach())
-            self.mean[name] = source.to(weight.device, wide, copy=True)
+            begun = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+            if name in self.mean:
+                copy_into(begun, self.mean[name])
+            self.mean[name] = begun
 
     def on_step(self, run: Run, row: dict[str, Any]) -> None:
         """Move the average towards the weights of this step."""

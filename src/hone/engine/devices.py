@@ -132,5 +132,10 @@ def seed_all(seed: int, step: int, rank: int = 0) -> None:
 
     The seed is a function of (seed, step, rank), so that a resumed run draws the same numbers with no generator state
     to save, whatever happened in between (evaluation, a preview, another number of workers).
+
+    Args:
+        seed: the run's seed.
+        step: the step about to run, 0 before the first.
+        rank: index of this process.
     """
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)

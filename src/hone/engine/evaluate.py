@@ -38,17 +38,19 @@ class Evaluation:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, objective: Any, trees: Sequence[Tree], limit: int, cluster: Cluster) -> float | None:
+def mean_loss(
+    model: Any, objective: Any, trees: Sequence[Tree] | None, limit: int, cluster: Cluster
+) -> float | None:
     """Return the objective's mean loss over trees, shared among the processes.
 
     Args:
         model: the language model, put into evaluation mode meanwhile.
         objective: gives `loss` (a sum) and `count`.
-        trees: held-out rendered samples.
+        trees: held-out rendered samples; None or empty gives None.
         limit: most tokens in one forward pass.
         cluster: the processes and the device.
     """
-    if not len(trees):
+    if trees is None or not len(trees):
         return None
     was_training = model.training
     model.eval()

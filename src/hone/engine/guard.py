@@ -15,6 +15,11 @@ from hone.errors import NumericError
 def check_loss(value: Tensor, step: int, where: Sequence[str]) -> None:
     """Stop when a loss is not finite.
 
+    Args:
+        value: the loss of one micro-batch, a scalar.
+        step: the step it belongs to.
+        where: the samples of the micro-batch.
+
     Raises:
         NumericError: names the step and the samples of the micro-batch.
     """

@@ -63,8 +63,10 @@ class Run:
         players: who trains; objectives may add some in `setup`.
         callbacks: hooks beside the steps.
         step: finished steps.
+        tokens: tokens of all finished steps.
         stop: set to a reason to end the run after the step.
-        best: (value, step) of the best evaluation so far.
+        best: (value, step) of the best evaluation so far, smaller values being better.
+        folder: the run folder, None in a rehearsal.
     """
 
     recipe: Recipe
@@ -130,6 +132,11 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Any]]:
 def load_tensors(into: dict[str, Any], saved: dict[str, Any], what: str) -> None:
     """Copy saved tensors into live ones of the same names and shapes.
 
+    Args:
+        into: live tensors by name.
+        saved: whole tensors by name.
+        what: what they are, for the message.
+
     Raises:
         HoneError: names or shapes differ; some of the differences are listed.
     """
@@ -193,7 +200,7 @@ class Trainer:
         games = [run.objective.turns(run.model, batch) for batch in batches]
         row: dict[str, Any] = {}
         while True:
-            player_name, sums = "", {}
+            player_name, sums = "", dict[str, float]()
             for game, batch in zip(games, batches, strict=True):
                 with cluster.autocast():
                     turn = next(game, None)

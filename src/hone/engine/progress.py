@@ -53,7 +53,13 @@ class Display:
             console.print(text, style=style, markup=False)
 
     def start(self, label: str, total: int | None, done: int = 0) -> None:
-        """Begin a piece of work of `total` units, of which `done` are finished."""
+        """Begin a piece of work.
+
+        Args:
+            label: what it is.
+            total: its units, None when unknown.
+            done: units that are finished already.
+        """
         self.stop()
         self._label, self._total, self._began, self._first = label, total, time.monotonic(), done
         self._last = self._began

@@ -112,7 +112,7 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     if cluster.sharded:
         sharding.shard(model, cluster)
     loader = data.loader(recipe.batch_tokens, recipe.seed, recipe.epochs)
-    total = recipe.steps if recipe.steps is not None else loader.total_steps(recipe.epochs)
+    total = recipe.steps if recipe.steps is not None else loader.total_steps(recipe.epochs or 1.0)
     run = Run(recipe, cluster, model, objective, loader, total, callbacks=recipe.build("callbacks"))
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     run.players["model"] = Player(params, recipe.build("optimizer").build(params), recipe.build("schedule").factor)

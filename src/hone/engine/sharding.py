@@ -39,7 +39,7 @@ def shard(model: nn.Module, cluster: Cluster) -> None:
 def _layers(model: nn.Module) -> list[nn.Module]:
     """Return the decoder layers: the items of the longest list of modules."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    return max((list(modules) for modules in lists), key=len, default=[])
 
 
 def whole(state: Any) -> Any:

@@ -130,9 +130,10 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
     target = out or folder.path / f"export-{to}"
     if target.exists():
         raise HoneError(f"'{target}' exists already, and nothing is ever overwritten; give another one with --out")
-    trained = LanguageModel.load(str(made))
-    if dtype:
-        trained.to(DTYPES[dtype])
+    double = Recipe.load(folder.path / "recipe.yaml").precision == "float64"
+    trained = LanguageModel.load(str(made), dtype=torch.float64 if double else torch.float32)
+    for parameter in trained.parameters() if dtype else ():  # not the buffers: rotary frequencies stay in float32
+        parameter.data = parameter.data.to(DTYPES[dtype])
     with staged(target) as staging:
         if to == "hf":
             trained.save(staging)

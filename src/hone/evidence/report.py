@@ -114,7 +114,8 @@ def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float | 
         values: one value a step, None where there is none.
         weight: share of the past in each value.
     """
-    average, norm, out = 0.0, 0.0, []
+    average, norm = 0.0, 0.0
+    out: list[float | None] = []
     for value in values:
         if value is None or not math.isfinite(value):
             out.append(None)

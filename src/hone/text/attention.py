@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -45,34 +46,37 @@ class PackingError(ModelError):
     """A model asks its attention for something that packed attention cannot give."""
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How one attention layer makes weights of scores.
+
+    Args:
+        scaling: factor on the scores, None for 1 / sqrt(d).
+        dropout: probability of dropping an attention weight, 0 outside training.
+        sliding_window: a token sees keys at most `sliding_window - 1` positions back; None for no limit.
+        softcap: scores become softcap tanh(scores / softcap); None for no cap.
+        sinks: (H,) score of one more key whose value is 0, None for none.
+    """
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class Plan(Protocol):
     """What the keyword argument `plan` of a model's forward must offer."""
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        dropout: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Return the attention output of one layer.
 
         Args:
-            module: the attention layer; `module.layer_idx` tells which.
+            module: the attention layer.
             query: (B, H, T, d).
             key: (B, H', T, d), H' a divisor of H.
             value: (B, H', T, d').
-            scaling: factor on the scores, None for 1 / sqrt(d).
-            dropout: probability of dropping an attention weight, 0 outside training.
-            sliding_window: a token sees keys at most `sliding_window - 1` positions back; None for no limit.
-            softcap: scores become softcap tanh(scores / softcap); None for no cap.
-            sinks: (H,) score of one more key whose value is 0, None for none.
+            scoring: how the layer makes weights of scores.
 
         Returns:
             (B, T, H, d').
@@ -103,7 +107,7 @@ def attention(
         value: (B, H', K, d').
         attention_mask: None with a plan; without one also a mask (B, 1, T, K), boolean or additive.
         plan: who attends; None for causal attention over rows.
-        scaling: see `Plan.attend`, as are the next four.
+        scaling: see `Scoring`, as are the next four.
         dropout: probability of dropping an attention weight.
         sliding_window: width of the window in tokens.
         softcap: cap on the scores.
@@ -120,17 +124,14 @@ def attention(
         raise PackingError(f"{type(module).__name__} adds a position bias to its scores")
     if others.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise PackingError(f"{type(module).__name__} attends in both directions")
+    scoring = Scoring(scaling, dropout, sliding_window, softcap, s_aux)
     if plan is None:
         if attention_mask is None:
             attention_mask = visible_keys(query.shape[2], key.shape[2], sliding_window, query.device)
-        return masked_attention(query, key, value, attention_mask, scaling, dropout, softcap, s_aux), None
+        return masked_attention(query, key, value, attention_mask, scoring), None
     if attention_mask is not None:
         raise PackingError(f"{type(module).__name__} brings an attention mask of its own")
-    output = plan.attend(
-        module, query, key, value,
-        scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, sinks=s_aux,
-    )  # fmt: skip
-    return output, None
+    return plan.attend(module, query, key, value, scoring), None
 
 
 def attention_mask(*, attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
@@ -172,19 +173,16 @@ class TreePlan:
         self.masks: dict[tuple[int, int, int | None], Tensor | None] = {}
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring = Scoring()
     ) -> Tensor:
-        """Return the attention output (1, T, H, d') of one layer; see `Plan.attend`, with B = 1.
+        """Return the attention output (1, T, H, d') of one layer.
+
+        Args:
+            module: the attention layer.
+            query: (1, H, T, d).
+            key: (1, H', T, d).
+            value: (1, H', T, d').
+            scoring: how the layer makes weights of scores.
 
         Raises:
             PackingError: the layer does not see the packed row as it is.
@@ -193,26 +191,18 @@ class TreePlan:
             raise PackingError(f"{type(module).__name__} makes {tuple(query.shape)} of a row of {self.tokens} tokens")
         # Under autocast the values are in low precision already, while rotary embeddings may have widened the others.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window = sliding_window if sliding_window is not None and sliding_window < self.longest else None
-        if sinks is None and dropout == 0:
-            if window is None and softcap is None and can_use_blocks(query, key, value):
+        scaling = query.shape[-1] ** -0.5 if scoring.scaling is None else scoring.scaling
+        window = scoring.sliding_window
+        if window is not None and window >= self.longest:
+            window = None
+        if scoring.sinks is None and scoring.dropout == 0:
+            if window is None and scoring.softcap is None and can_use_blocks(query, key, value):
                 return block_attention(query, key, value, self.blocks, scaling)
             if can_use_flex(query, value):
-                return flex_tree_attention(query, key, value, self.intervals, scaling, window, softcap)
-        return self._by_chains(query, key, value, scaling, dropout, window, softcap, sinks)
+                return flex_tree_attention(query, key, value, self.intervals, scaling, window, scoring.softcap)
+        return self._by_chains(query, key, value, replace(scoring, scaling=scaling, sliding_window=window))
 
-    def _by_chains(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        dropout: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def _by_chains(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attend segment by segment to the gathered keys of its chain, segments of equal shape in one batch.
 
         The split is one operation whose backward pass is one concatenation; a slice per segment would zero and add
@@ -223,10 +213,10 @@ class TreePlan:
         for (own, before), members in self.groups.items():
             rows = _cat([queries[i] for i in members], 0)
             seen = [_cat([_cat([x[j] for j in self.chains[i]], 2) for i in members], 0) for x in (keys, values)]
-            if (own, before, window) not in self.masks:
-                self.masks[own, before, window] = visible_keys(own, own + before, window, query.device)
-            mask = self.masks[own, before, window]
-            made = masked_attention(rows, seen[0], seen[1], mask, scaling, dropout, softcap, sinks)
+            case = own, before, scoring.sliding_window
+            if case not in self.masks:
+                self.masks[case] = visible_keys(own, own + before, scoring.sliding_window, query.device)
+            made = masked_attention(rows, seen[0], seen[1], self.masks[case], scoring)
             outputs.update(zip(members, made.split(1), strict=True))
         return torch.cat([outputs[i] for i in range(len(outputs))], dim=1)
 
@@ -249,16 +239,7 @@ def visible_keys(queries: int, keys: int, window: int | None, device: torch.devi
     return causal if window is None else causal.triu(keys - queries - window + 1)
 
 
-def masked_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
     """Return softmax([cap(scaling Q K^T) + mask, sinks]) [V; 0] for rows that all have the same length.
 
     Args:
@@ -266,14 +247,12 @@ def masked_attention(
         key: (B, H', K, d).
         value: (B, H', K, d').
         mask: broadcast to (B, H, Q, K); boolean, true where a key is seen, or additive; None for causal order, Q = K.
-        scaling: factor on the scores, None for 1 / sqrt(d).
-        dropout: probability of dropping an attention weight.
-        softcap: cap on the scores, None for no cap.
-        sinks: (H,) scores of a key whose value is 0, None for none.
+        scoring: how scores become weights; its window is in the mask already.
 
     Returns:
         (B, Q, H, d').
     """
+    scaling, dropout, softcap, sinks = scoring.scaling, scoring.dropout, scoring.softcap, scoring.sinks
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))

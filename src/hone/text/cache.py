@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hone.text.attention import Plan
+from hone.text.attention import Plan, Scoring
 
 FIRST_CAPACITY = 32  # tokens per sample that buffers have room for at first; they double from there
 
@@ -68,19 +68,7 @@ class DecodeCache:
         self._next = 0  # the layer that attends next
         self._arrange()
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Store one new token per sample and attend from it to its prompt and to all tokens of the sample.
 
         Args:
@@ -88,11 +76,7 @@ class DecodeCache:
             query: (1, H, N, d).
             key: (1, Hkv, N, d).
             value: (1, Hkv, N, dv).
-            scaling: factor on the scores, None for 1 / sqrt(d).
-            dropout: ignored, as the model is in evaluation mode.
-            sliding_window: a query sees itself and the `sliding_window - 1` positions before it; None sees all.
-            softcap: scores become `softcap * tanh(scores / softcap)`.
-            sinks: (H,) one logit per head that takes part in the softmax and carries no value.
+            scoring: how the layer makes weights of scores; there is no dropout, as the model is in evaluation mode.
 
         Returns:
             (1, N, H, dv) attention outputs.
@@ -102,9 +86,10 @@ class DecodeCache:
         layer = self.layers[self._next]
         self._next = (self._next + 1) % len(self.layers)
         self._append(layer, key[0], value[0])
-        prompt_key, prompt_value, own_key, own_value = _visible(layer, sliding_window)
+        prompt_key, prompt_value, own_key, own_value = _visible(layer, scoring.sliding_window)
         near, total, (heads, rows) = prompt_key.shape[2], prompt_key.shape[2] + own_key.shape[2], key.shape[1:3]
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scaling = query.shape[-1] ** -0.5 if scoring.scaling is None else scoring.scaling
+        softcap, sinks = scoring.softcap, scoring.sinks
         queries = (query[0] * scaling).unflatten(0, (heads, -1)).transpose(1, 2)  # (Hkv, N, H / Hkv, d)
 
         shared = self._spread(queries) @ prompt_key.transpose(-1, -2)
@@ -239,25 +224,19 @@ class PromptPlan:
         # Padding in front of a shorter prompt repeats its first token: any finite value does, as it is masked.
         self.index = torch.maximum(starts[1:, None] + columns, starts[:-1, None])  # (m, width)
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Store keys and values and return what the wrapped plan computes; the arguments are those of `Plan.attend`."""
-        reach = self.cache.width if sliding_window is None else min(self.cache.width, sliding_window - 1)
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Store keys and values and return what the wrapped plan computes.
+
+        Args:
+            module: the attention layer.
+            query: (1, H, T, d).
+            key: (1, Hkv, T, d).
+            value: (1, Hkv, T, dv).
+            scoring: how the layer makes weights of scores.
+        """
+        window = scoring.sliding_window
+        reach = self.cache.width if window is None else min(self.cache.width, window - 1)
         index = self.index[:, self.cache.width - reach :]
         self.cache.store(self._next, key[0].to(value.dtype), value[0], self.first, index)
         self._next += 1
-        return self.plan.attend(
-            module, query, key, value,
-            scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
-        )  # fmt: skip
+        return self.plan.attend(module, query, key, value, scoring)

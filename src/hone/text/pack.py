@@ -132,7 +132,7 @@ def pack(trees: Sequence[Tree]) -> Packed:
     parents: list[int] = []
     fields: dict[str, list[float]] = {name: [] for name in names}
     for tree in trees:
-        offset, ends = len(parents), []
+        offset, ends = len(parents), list[int]()
         for index, (segment, weight, parent) in enumerate(zip(tree.tokens, tree.weights, tree.parents, strict=True)):
             if len(segment) == 0 or len(segment) != len(weight) or not -1 <= parent < index:
                 raise ValueError(f"{tree.where or 'tree'}: segment {index} is empty, mis-sized or before its parent")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hone.errors import ModelError
-from hone.text.attention import NAME, PackingError, TreePlan
+from hone.text.attention import NAME, PackingError, Scoring, TreePlan
 from hone.text.fallback import Rows, padded_hidden
 from hone.text.pack import Packed
 
@@ -148,12 +148,10 @@ class _Recorder:
         self.plan = plan
         self.windows: list[int | None] = []
 
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, sliding_window: int | None, **others: Any
-    ) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attend like the wrapped plan; see `Plan.attend`."""
-        self.windows.append(sliding_window)
-        return self.plan.attend(module, query, key, value, sliding_window=sliding_window, **others)
+        self.windows.append(scoring.sliding_window)
+        return self.plan.attend(module, query, key, value, scoring)
 
 
 def _equal(logits: Tensor, expected: Tensor) -> bool:

@@ -74,7 +74,13 @@ class Skill:
 
 
 def between(rng: Random, low: int, high: int) -> int:
-    """Draw an integer from `low` to `high`, both included."""
+    """Draw an integer from `low` to `high`, both included.
+
+    Args:
+        rng: the generator.
+        low: smallest integer.
+        high: largest integer.
+    """
     return low + int(rng.random() * (high - low + 1))
 
 
@@ -84,7 +90,13 @@ def pick(rng: Random, items: Sequence[Item]) -> Item:
 
 
 def distinct(rng: Random, count: int, top: int) -> list[int]:
-    """Draw `count` different integers below `top`, in random order."""
+    """Draw `count` different integers below `top`, in random order.
+
+    Args:
+        rng: the generator.
+        count: how many, at most `top`.
+        top: one more than the largest.
+    """
     found: dict[int, None] = {}
     while len(found) < count:
         found[between(rng, 0, top - 1)] = None
