@@ -38,9 +38,7 @@ def alternate(script: Path, sides: Sequence[str], rounds: int, arguments: Sequen
         for side in sides:
             found[side].append(run_side(script, side, arguments))
             print(f"round {number + 1}: {side}: {found[side][-1]}", file=sys.stderr, flush=True)
-    return {
-        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()
-    }
+    return {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
 
 
 def machine() -> str:

@@ -52,7 +52,10 @@ class Entry:
         about = (("claim", self.claim), ("deviations", self.deviations))
         lines += [f"{label}: {text}" for label, text in about if text]
         lines += ["options:"] if self.options else []
-        lines += [f"  {o.name}: {o.type}" + (f" = {o.default}" if o.default else "  (required)") for o in self.options]
+        for o in self.options:
+            lines.append(f"  {o.name}: {o.type}" + (f" = {o.default}" if o.default else "  (required)"))
+            if o.doc and o.doc not in " ".join(self.body.split()):  # an inherited option, which the body leaves out
+                lines.append(f"      {o.doc}")
         field = {"callback": "callbacks", "metric": "metrics"}.get(self.kind, self.kind)
         value = f"[{self.name}]" if field != self.kind else self.name
         return "\n".join([*lines, "in a recipe:", f"  {field}: {value}"])

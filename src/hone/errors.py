@@ -61,7 +61,7 @@ class Problem:
     def __str__(self) -> str:
         """Return `place: field: message (hint)`."""
         head = ": ".join(part for part in (self.place, self.field) if part)
-        return f"{head}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+        return (f"{head}: " if head else "") + self.message + (f" ({self.hint})" if self.hint else "")
 
 
 class RecipeError(HoneError):

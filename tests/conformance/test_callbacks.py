@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from hone import options, parts
 from hone.callbacks.base import Callback
+from hone.engine import sharding
 from hone.engine.checkpoint import decode, encode
 from hone.errors import HoneError
+from sharded import one_process, share
 
 NAMES = [record.name for record in parts.catalogue() if record.kind == "callback"]
 TOTAL, EVERY = 12, 2
@@ -160,6 +162,22 @@ def test_average_keeps_low_precision_weights_in_float32_and_gives_them_to_the_mo
     finish(run, [callback])
     for name, weight in run.trainable:
         assert torch.equal(weight, callback.mean[name].to(weight.dtype))
+
+
+def test_average_of_shared_weights_resumes_from_a_state_of_whole_ones() -> None:
+    whole, callback = new_run(), build("average")
+    callback.on_start(whole)
+    train(whole, [callback], 3)
+    with one_process() as mesh:
+        run, resumed = new_run(), build("average")
+        run.trainable = [(name, share(weight, mesh)) for name, weight in whole.trainable]
+        resumed.load_state_dict(through_a_file(sharding.whole(callback.state_dict())))
+        resumed.on_start(run)
+        for some, average in ((whole, callback), (run, resumed)):
+            average.on_step(some, {})
+            average.on_end(some)
+        for (_, p), (_, q) in zip(whole.trainable, run.trainable, strict=True):
+            assert torch.equal(q.full_tensor(), p)
 
 
 def test_average_refuses_to_replace_the_best_weights() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hone import Recipe, cli, run
 
 
-def fields(model: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def fields(model: Path, data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     """Return the fields of a short recipe that learns the questions of the fixtures."""
     return {
         "model": str(model), "data": {"name": "files", "path": str(data), "holdout": 20}, "objective": "sft",
@@ -29,7 +29,7 @@ def fields(model: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]
     }  # fmt: skip
 
 
-def train(model: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def train(model: Path, data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     """Run that recipe in this process."""
     return run(Recipe.of(**fields(model, data, out, **changes)))
 

@@ -102,7 +102,7 @@ def test_adafactor_is_that_of_transformers_even_for_small_gradients(scale: float
     [
         ("torch:rmsprop", {"alpha": 0.9, "momentum": 0.5}, torch.optim.RMSprop),
         ("torch:RAdam", {"betas": [0.8, 0.95]}, torch.optim.RAdam),
-        ("torch:muon", {"weight_decay": 0.1}, torch.optim.Muon),
+        ("torch:nadam", {"weight_decay": 0.1}, torch.optim.NAdam),
         ("pytorch_optimizer:lion", {"betas": [0.8, 0.95]}, pytorch_optimizer.Lion),
         ("pytorch_optimizer:adabelief", {"eps": 1e-8}, pytorch_optimizer.AdaBelief),
     ],

@@ -172,7 +172,10 @@ def damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint folder, or "" when its files match their sums."""
     if not (folder / SUMS).is_file():
         return f"is incomplete: it has no {SUMS}"
-    sums: dict[str, str] = json.loads((folder / SUMS).read_text())
+    try:
+        sums: dict[str, str] = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"is damaged: {SUMS} cannot be read: {error}"
     for name, expected in sums.items():
         if not (folder / name).is_file():
             return f"is incomplete: {name} is missing"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hone.errors import HoneError
 
@@ -78,8 +79,17 @@ def fused(groups: Groups) -> bool | None:
         groups: the parameter groups.
 
     Returns:
-        True where all tensors are floating-point and on the CPU or on CUDA; None leaves the choice to PyTorch.
+        True where all tensors are whole, floating-point and on the CPU or on CUDA; None leaves the choice to PyTorch.
     """
     tensors = [p for group in groups for p in group["params"]]
     able = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
-    return True if able else None
+    return True if able and not shared(groups) else None
+
+
+def shared(groups: Groups) -> bool:
+    """Return whether processes hold shares of the tensors (FSDP), which some kernels cannot step.
+
+    Args:
+        groups: the parameter groups.
+    """
+    return any(isinstance(p, DTensor) for group in groups for p in group["params"])

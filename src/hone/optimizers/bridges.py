@@ -100,13 +100,15 @@ class Bridge(Optimizer):
         found = self.classes().get(self.method.lower())
         if found is None or self.refusal(self.method.lower(), found):
             raise HoneError("; ".join(text for _, text in self.problems(self.method, self.options)))
+        if wrong := _misnamed(found, self.options):
+            raise HoneError("; ".join(f"optimizer option '{name}': {text}" for name, text in wrong))
         known = arguments(found)
         for group in groups if "weight_decay" not in known else []:
             group.pop("weight_decay", None)
-        paired = {k: tuple(v) for k, v in self.options.items() if isinstance(known[k].default, tuple)}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}  # YAML has no tuples
         try:
-            optimizer = cast("Any", found)(groups, lr=self.lr, **{**self.options, **paired})
-        except (ValueError, TypeError) as error:
+            optimizer = cast("Any", found)(groups, lr=self.lr, **given)
+        except (ValueError, TypeError, NotImplementedError) as error:
             shapes = sorted({p.ndim for group in groups for p in group["params"]})
             raise HoneError(
                 f"optimizer '{self.library}:{self.method}' refused its options or the parameters (which have {shapes} "

@@ -8,7 +8,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from hone.optimizers.base import Groups, Optimizer, Rate, Weight, fused
+from hone.errors import HoneError
+from hone.optimizers.base import Groups, Optimizer, Rate, Weight, fused, shared
 from hone.parts import part
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -133,7 +134,13 @@ class Adafactor(Optimizer):
     weight_decay: Weight = 0.0
 
     def make(self, groups: Groups) -> torch.optim.Adafactor:
-        """Return PyTorch's Adafactor; its loop over tensors keeps the memory low that the method is for."""
+        """Return PyTorch's Adafactor; its loop over tensors keeps the memory low that the method is for.
+
+        Raises:
+            HoneError: processes hold shares of the weights, whose row and column means PyTorch's Adafactor cannot take.
+        """
+        if shared(groups):
+            raise HoneError("optimizer 'adafactor' cannot step weights that processes share: set sharding: none")
         return torch.optim.Adafactor(
             groups, lr=self.lr, beta2_decay=self.beta2_decay, eps=(self.eps1, self.eps2), d=self.threshold,
             weight_decay=self.weight_decay,
