@@ -32,11 +32,12 @@ format: $(VENV)/.test  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix --select I src tests bench
 	$(BIN)/ruff format src tests bench
 
-evidence: $(VENV)/.test  ## what the claims rest on: each method against an independent implementation
-	$(BIN)/python -m pytest tests/oracles tests/conformance -v
+evidence: $(VENV)/.test  ## run again what docs/evidence records: what the quickstart learns, over seeds
+	$(BIN)/python bench/quickstart.py --out docs/evidence/quickstart.json
 
 bench: $(VENV)/.test  ## speed and memory against peers, side by side
-	$(BIN)/python bench/sft.py
+	$(BIN)/python bench/sft.py --out docs/evidence/bench-sft.json
+	$(BIN)/python bench/sft.py --adapter lora --out docs/evidence/bench-sft-lora.json
 
 clean:  ## remove the environment and what tools leave behind; runs stay
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

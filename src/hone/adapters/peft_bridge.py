@@ -239,7 +239,8 @@ def _settings(config: Any) -> dict[str, Any]:
     """Return the settings of a configuration in a form that survives JSON."""
     return {
         name: sorted(map(str, value)) if isinstance(value, set | list | tuple) else value
-        for name, value in config.to_dict().items() if name not in _RESERVED
+        for name, value in config.to_dict().items()
+        if name not in _RESERVED
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -104,9 +105,11 @@ def staged(target: Path) -> Iterator[Path]:
         else:
             staging.rename(target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk under safetensors raises its own class
         shutil.rmtree(staging, ignore_errors=True)
-        raise disk_error(error, target) from error
+        if isinstance(error, OSError) or "os error" in str(error):
+            raise disk_error(error, target) from error
+        raise
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -147,12 +150,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Write a state tree into an existing folder as `state.json` and `state.safetensors`."""
     tensors: dict[str, Tensor] = {}
     plain = encode(state, tensors)
-    try:
-        save_file(tensors, folder / "state.safetensors")
-    except Exception as error:  # safetensors raises its own class for a full disk
-        if "No space left" in str(error) or "os error" in str(error):
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
+    save_file(tensors, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(plain))
 
 

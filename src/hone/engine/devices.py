@@ -11,13 +11,16 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from hone.errors import HoneError
+
+PATIENCE = timedelta(hours=2)  # the others wait this long while one reads its data or writes a large model
 
 
 class Cluster:
@@ -40,8 +43,10 @@ class Cluster:
         if self.world > 1:
             from accelerate import PartialState
 
-            state = PartialState(cpu=chosen == "cpu")
-            self.device = state.device
+            # Under `accelerate launch --use_fsdp` transformers would load weights on the first process only and leave
+            # the others with arbitrary ones, on which they would try to prove that packing is exact.
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+            self.device = PartialState(cpu=chosen == "cpu", timeout=PATIENCE).device
         else:
             self.device = torch.device(chosen)
         self.precision = _precision(precision, self.device)
@@ -64,12 +69,67 @@ class Cluster:
         """Return the sum of a number over all processes."""
         if self.world == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total)
 
+    def agree(self, text: str) -> str:
+        """Return the text of the first process that has one, "" when none has; all processes call it together.
+
+        Args:
+            text: what this process has to say, "" for nothing.
+        """
+        if self.world == 1:
+            return text
+        said = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(said)
+        dist.all_reduce(sizes)
+        speaker = next((rank for rank, size in enumerate(sizes.tolist()) if size), None)
+        if speaker is None:
+            return ""
+        if speaker != self.rank:
+            said = said.new_zeros(int(sizes[speaker]))
+        dist.broadcast(said, speaker)
+        return bytes(said.tolist()).decode()
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Run an action on the main process while the others wait; they fail with it instead of waiting for ever.
+
+        Args:
+            action: takes nothing; what it returns is dropped.
+
+        Raises:
+            HoneError: the action raised it; every process raises it.
+        """
+        failure: HoneError | None = None
+        if self.main:
+            try:
+                action()
+            except HoneError as error:
+                failure = error
+        if said := self.agree("" if failure is None else str(failure)):
+            raise failure or HoneError(said)
+
+    def align(self, module: nn.Module) -> None:
+        """Give every process the first one's weights: factorisations may differ by a sign from machine to machine.
+
+        Args:
+            module: the same on every process but for the values of its parameters.
+        """
+        if self.world > 1:
+            for parameter in module.parameters():
+                dist.broadcast(parameter.data, 0)
+
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over all processes, in one flat message per dtype; a missing gradient counts as zero."""
+        """Sum gradients over all processes, in one flat message per dtype.
+
+        A gradient that some processes lack counts as zero there; one that all lack stays absent, so that the optimizer
+        passes over that tensor as it does in a single process.
+
+        Args:
+            parameters: the same on every process.
+        """
         if self.world == 1 or self.sharded:  # FSDP sums them in the backward pass
             return
         groups: dict[torch.dtype, list[nn.Parameter]] = {}
@@ -77,10 +137,12 @@ class Cluster:
             groups.setdefault(parameter.dtype, []).append(parameter)
         for members in groups.values():
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
-            flat = torch.cat([g.reshape(-1) for g in gradients])
+            present = gradients[0].new_tensor([p.grad is not None for p in members])
+            flat = torch.cat([*(g.reshape(-1) for g in gradients), present])
             dist.all_reduce(flat)
-            for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-                parameter.grad = part.view_as(parameter)
+            *parts, present = flat.split([*(p.numel() for p in members), len(members)])
+            for parameter, part, found in zip(members, parts, present.tolist(), strict=True):
+                parameter.grad = part.view_as(parameter) if found else None
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -38,9 +38,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def mean_loss(
-    model: Any, objective: Any, trees: Sequence[Tree] | None, limit: int, cluster: Cluster
-) -> float | None:
+def mean_loss(model: Any, objective: Any, trees: Sequence[Tree] | None, limit: int, cluster: Cluster) -> float | None:
     """Return the objective's mean loss over trees, shared among the processes.
 
     Args:
@@ -96,9 +94,7 @@ def answer(
         return Evaluation()
     renderer = model.renderer
     prompts = [renderer.prompt_ids(sample) for sample in asked]
-    made = generate(
-        model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop=renderer.stop_ids, seed=seed
-    )
+    made = generate(model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop=renderer.stop_ids, seed=seed)
     answers = []
     sums: dict[str, list[float]] = {}
     for sample, generations in zip(asked, made, strict=True):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hone.engine.checkpoint import disk_error
 from hone.errors import HoneError, nearest
+
+JUDGED = ("evaluations.jsonl", "samples.jsonl")  # the logs of evaluations
 
 
 class RunFolder:
@@ -34,22 +36,16 @@ class RunFolder:
         Raises:
             HoneError: `out` exists already and is not empty.
         """
-        if out is None:
-            root, number = Path("runs"), 1
-            root.mkdir(exist_ok=True)
-            while True:
-                try:
-                    (root / f"{name}-{number}").mkdir()
-                    return cls(root / f"{name}-{number}")
-                except FileExistsError:
-                    number += 1
-        path = Path(out).expanduser()
+        path = _next_free(Path("runs"), name) if out is None else Path(out).expanduser()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise HoneError(
                 f"the run folder '{path}' exists already, and nothing is ever overwritten. Give another one with "
                 f"--set out=FOLDER, or go on with that run: hone resume {path}"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, path) from error
         return cls(path)
 
     @classmethod
@@ -101,12 +97,34 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop the log rows after `step`, which a resumed run will write again."""
-        for name in ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"):
-            if (self.path / name).exists():
-                kept = [row for row in self.rows(name) if row["step"] <= step]
-                self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        for name in ("metrics.jsonl", *JUDGED):
+            self._keep(name, lambda row: row["step"] <= step)
+
+    def forget(self, step: int) -> None:
+        """Drop the evaluation of `step`, which is about to be evaluated again."""
+        for name in JUDGED:
+            self._keep(name, lambda row: row["step"] != step)
+
+    def _keep(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        if (self.path / name).exists():
+            kept = [row for row in self.rows(name) if wanted(row)]
+            self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def json(self, name: str) -> dict[str, Any]:
         """Return a JSON file of the folder, empty when it is not there."""
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _next_free(root: Path, name: str) -> Path:
+    """Make and return the first of ROOT/NAME-1, -2, ... that is not there; runs that start together get one each."""
+    number = 1
+    while True:
+        path = root / f"{name}-{number}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise disk_error(error, path) from error

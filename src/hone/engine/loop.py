@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hone.engine.folder import RunFolder
     from hone.recipe import Recipe
 
+INTERRUPTED = "interrupted"  # what the reason for a stop begins with when the run is to go on another time
+
 
 @dataclass
 class Player:
@@ -88,11 +90,17 @@ class Run:
         """The named parameters of the player "model"."""
         return self.players["model"].params
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run stops before its end, to go on another time."""
+        return self.stop.startswith(INTERRUPTED)
+
     def state(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on. Random numbers are a function of the step."""
         state = {
             "step": self.step,
             "tokens": self.tokens,
+            "stop": "" if self.interrupted else self.stop,
             "best": None if self.best is None else list(self.best),
             "players": {
                 name: {"weights": dict(player.params), "optimizer": player.optimizer.state_dict()}
@@ -110,7 +118,7 @@ class Run:
         Raises:
             HoneError: the checkpoint belongs to a run with other trained tensors.
         """
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.step, self.tokens, self.stop = state["step"], state["tokens"], state["stop"]
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
         for name, player in self.players.items():
             load_tensors(dict(player.params), state["players"][name]["weights"], f"player '{name}'")

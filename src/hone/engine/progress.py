@@ -45,7 +45,8 @@ class Display:
         self.live = active and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._task: Any = None
-        self._last = 0.0
+        self._label, self._total, self._first = "", None, 0
+        self._began = self._last = 0.0
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print one line."""
@@ -76,7 +77,7 @@ class Display:
         """Report that `done` units are finished; off a terminal, print a line every 15 seconds."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done, note=note)
-        elif self.active and time.monotonic() - self._last >= 15:
+        elif self.active and self._label and time.monotonic() - self._last >= 15:
             self._last = time.monotonic()
             self.say(f"{self._label} {done}/{self._total or '?'}{self._left(done)}  {note}")
 
@@ -87,7 +88,8 @@ class Display:
         return f", {clock(seconds)} left"
 
     def stop(self) -> None:
-        """End the live line."""
+        """End the piece of work."""
+        self._label = ""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

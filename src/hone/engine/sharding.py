@@ -2,24 +2,29 @@
 
 Decoder layers are gathered one at a time. Everything else (embeddings, norms, head) is the root group, which the
 language model's `hidden` gathers and the backward pass shares out again. Gradients are summed, not averaged: the loss
-is divided by the count of the whole step already.
+is divided by the count of the whole step already. Evaluation gathers everything once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hone.text.pack import Tree, pack
+
 if TYPE_CHECKING:
     from hone.engine.devices import Cluster
 
 
-def shard(model: nn.Module, cluster: Cluster) -> None:
+def shard(model: Any, cluster: Cluster) -> None:
     """Share a language model's tensors among the processes, in place.
 
     Args:
@@ -30,26 +35,67 @@ def shard(model: nn.Module, cluster: Cluster) -> None:
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for part in _parts(model):
+        part.set_gradient_divide_factor(1.0)
+    hidden = model.hidden
+    model.hidden = lambda batch: hidden(batch).clone()  # the backward hooks of FSDP2 go on tensors that are no views
     register_fsdp_forward_method(model, "hidden")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+    one_token = Tree((np.zeros(1, np.int32),), (np.zeros(1, np.float32),), (-1,))
+    with torch.no_grad():
+        model.hidden(pack([one_token]).to(cluster.device))  # FSDP2 takes what runs first for the root
+    model.reshard()
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers: the items of the longest list of modules."""
+    """Return the decoder layers: the items of the longest list of modules that lies in no other list."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max((list(modules) for modules in lists), key=len, default=[])
+    inner = {id(m) for outer in lists for m in outer.modules() if m is not outer}  # such as the experts of a layer
+    return max((list(outer) for outer in lists if id(outer) not in inner), key=len, default=[])
 
 
-def whole(state: Any) -> Any:
-    """Return a state tree with every shared tensor gathered; all processes must call it together."""
+def _parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold the whole weights on every process meanwhile, for forward passes without gradient in any number and order.
+
+    Generation makes one pass per token, and not as many on each process; none of them has to communicate. All processes
+    must enter together. A model that is not shared is left alone.
+
+    Args:
+        model: the language model, shared or not.
+    """
+    parts = _parts(model)
+    inner = [part for part in parts if part is not model]
+    try:
+        for part in inner:
+            part.set_reshard_after_forward(False, recurse=False)
+        for part in parts:
+            part.unshard()
+        yield
+    finally:
+        for part in inner:
+            part.set_reshard_after_forward(True, recurse=False)
+        for part in parts:
+            part.reshard()
+
+
+def whole(state: Any, keep: bool = True) -> Any:
+    """Return a state tree with every shared tensor gathered; all processes must call it together.
+
+    Args:
+        state: nested dicts, lists and tuples.
+        keep: False returns None in place of what was gathered, on processes that have no use for it.
+    """
     if isinstance(state, DTensor):
-        return state.full_tensor()
+        gathered = state.full_tensor()
+        return gathered.cpu() if keep else None  # one tensor at a time: all of them would not fit on a device
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: whole(value, keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value) for value in state)
+        return type(state)(whole(value, keep) for value in state)
     return state
 
 
@@ -80,12 +126,19 @@ def share_like(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[st
     return {**state, "state": out}
 
 
-def gather(model: nn.Module) -> None:
-    """Make a shared model whole again on every process, for saving; it cannot be trained any more."""
+def gather(model: nn.Module, keep: bool) -> None:
+    """Make a shared model whole on the CPU, for saving; it cannot be used otherwise any more.
+
+    Args:
+        model: the language model, shared or not.
+        keep: False on the processes that do not save; all must call it together.
+    """
+    made: dict[int, nn.Parameter] = {}  # tied tensors stay tied
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if isinstance(parameter, DTensor):
-                full = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
-                module._parameters[name] = full
-    if dist.is_initialized():
-        dist.barrier()
+            if not isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in made:
+                full = whole(parameter.detach(), keep)
+                made[id(parameter)] = nn.Parameter(full, parameter.requires_grad) if keep else parameter
+            module._parameters[name] = made[id(parameter)]

@@ -37,7 +37,10 @@ class Trackers:
             cls = known[name]
             needs_folder = {"logging_dir": str(folder / "logs")} if cls.requires_logging_directory else {}
             try:
-                self._trackers.append(cls(folder.name, **needs_folder))
+                tracker = cls(folder.name, **needs_folder)
+                if hasattr(tracker, "start"):  # since Accelerate 1.9 a tracker opens its log only now
+                    tracker.start()
+                self._trackers.append(tracker)
             except (ImportError, NameError) as error:  # Accelerate leaves the name undefined when it is not installed
                 raise MissingPackage(name, f"tracker '{name}'", "trackers") from error
 

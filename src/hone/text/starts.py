@@ -81,8 +81,10 @@ class Fresh:
 
         kind = self.config.get("model_type")
         if kind not in CONFIG_MAPPING:
-            yield "config.model_type", f"expected a model type of transformers such as llama, got {kind!r}" + (
-                f"; {near}" if (near := nearest(str(kind), CONFIG_MAPPING.keys())) else ""
+            yield (
+                "config.model_type",
+                f"expected a model type of transformers such as llama, got {kind!r}"
+                + (f"; {near}" if (near := nearest(str(kind), CONFIG_MAPPING.keys())) else ""),
             )
 
     def load(self, *, device: torch.device | str, dtype: torch.dtype, data: Any) -> LanguageModel:
