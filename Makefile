@@ -21,12 +21,13 @@ demo: $(VENV)/.hone  ## train the shipped base model on a new skill, in a few mi
 	$(BIN)/hone run quickstart
 
 test: lint  ## everything that must hold before a change goes in
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/guards
 
-lint: $(VENV)/.test  ## style, types and formatting
+lint: $(VENV)/.test  ## style, types, formatting and the project's own guards
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/guards
 
 format: $(VENV)/.test  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix --select I src tests bench

@@ -3,8 +3,9 @@
     python bench/sft.py [--rounds 3] [--steps 8] [--adapter full|lora] [--out FILE]
 
 Model: a 6-layer Llama, width 384, vocabulary 8192, 16.9M parameters, float32. Data: the same synthetic documents for
-all sides, in steps of about 4,096 tokens. Sides: `trl` (SFTTrainer, packing), `hone`, and `gemm` (the bare matrix
-products of one step, forward and backward: the physical limit of the machine).
+all sides, in steps of about 4,096 tokens. Sides: `trl` (SFTTrainer, packing), `hone` (each step
+in two micro-batches, which never changes a gradient), and `gemm` (the bare matrix products of one step, forward and
+backward: the physical limit of the machine).
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def hone_side(steps: int, adapter: str) -> dict[str, float]:
     model = LanguageModel(LlamaForCausalLM(model_config()), tokenizer())
     spec = {"name": "lora", "rank": 8, "alpha": 16.0} if adapter == "lora" else "full"
     options.build_part("adapter", spec).attach(model.hf, None)
-    recipe = Recipe.of(data="chains", steps=steps, batch_tokens=ROW * ROWS)
+    recipe = Recipe.of(data="chains", steps=steps, batch_tokens=ROW * ROWS, micro_tokens=ROW * ROWS // 2)
     loader = Loader(trees, batch_tokens=ROW * ROWS, seed=0)
     run = Run(recipe, Cluster("cpu", "float32"), model, options.build_part("objective", "sft"), loader, steps)
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -193,6 +194,8 @@ def main() -> None:
         return
     from side_by_side import alternate, machine
 
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     arguments = ["--steps", str(args.steps), "--adapter", args.adapter]
     found = alternate(Path(__file__), ["trl", "hone", "gemm"], args.rounds, arguments)
     trl, hone, gemm = found["trl"], found["hone"], found["gemm"]

@@ -77,18 +77,22 @@ def entries(kind: str | None = None) -> list[Entry]:
     return found + ([_of_recipe(name) for name in shipped()] if kind in (None, "recipe") else [])
 
 
-def named(name: str) -> list[Entry]:
+def named(name: str, kind: str | None = None) -> list[Entry]:
     """Return the entries of a name: several where kinds share it.
+
+    Args:
+        name: name of a part or a recipe; "peft:vera" finds the bridge "peft:".
+        kind: a kind of part, or "recipe"; None looks among all.
 
     Raises:
         HoneError: there is none; the message gives the nearest.
     """
-    everything = entries()
+    everything = entries(kind)
     prefix = name.split(":", 1)[0] + ":"
     found = [e for e in everything if e.name == name or (":" in name and e.name == prefix)]
     if not found:
         hint = nearest(name, (e.name for e in everything)) or "see: hone list"
-        raise HoneError(f"there is no part or recipe called '{name}' ({hint})")
+        raise HoneError(f"there is no {kind or 'part or recipe'} called '{name}' ({hint})")
     return found
 
 

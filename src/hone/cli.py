@@ -95,21 +95,31 @@ def list_(
     if as_json:
         print(json.dumps([entry.plain() for entry in entries], indent=1))
         return
-    width = max(len(entry.name) for entry in entries)
+    width = max((len(entry.name) for entry in entries), default=0)
     for entry in entries:
         print(f"{entry.kind:<10} {entry.name:<{width}}  {entry.summary}")
+    if not entries:
+        print(f"there is no {kind} yet")
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A part or a recipe.")], as_json: Json = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="A part or a recipe.")],
+    kind: Annotated[str | None, typer.Option(help="Where kinds share a name, e.g. objective.")] = None,
+    as_json: Json = False,
+) -> None:
     """Show one part, or print a recipe: `hone show quickstart > mine.yaml` starts your own."""
     from hone import catalogue
 
-    entries = catalogue.named(name)
+    entries = catalogue.named(name, kind)
     if as_json:
         print(json.dumps([entry.plain() for entry in entries], indent=1))
         return
-    print("\n\n".join(entry.text() for entry in entries))
+    recipes = [entry for entry in entries if entry.kind == "recipe"]
+    for entry in entries if recipes else []:  # a recipe is printed alone, so that it can start one's own
+        if entry.kind != "recipe":
+            print(f"note: there is also: hone show {name} --kind {entry.kind}", file=sys.stderr)
+    print("\n\n".join(entry.text() for entry in recipes or entries))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Checking and building parts from what a recipe says.
 
-One declaration, the typed field of the part's dataclass, drives the check, its message and the JSON schema. Types are
+One declaration, the typed field of the part's dataclass, drives the check and its message. Types are
 checked strictly: "8" is not 8, and 1 is not True. All problems are collected; nothing is raised until all are known.
 """
 
@@ -102,7 +102,7 @@ def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> l
     """
     known, problems = hints(cls), []
     for name, value in given.items():
-        path = f"{at}.{name}" if at else name
+        path = f"{at}.{name}" if at else str(name)  # YAML allows keys that are no strings
         if name not in known:
             hint = nearest(name, known) or f"options: {', '.join(known) or 'none'}"
             problems.append(Problem(path, "unknown option", places.find(path), hint))

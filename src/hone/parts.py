@@ -9,10 +9,10 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hone.errors import HoneError, nearest
 
@@ -255,20 +255,3 @@ def _argument_docs(doc: str) -> dict[str, str]:
         elif inside and name and line.strip():
             found[name] += " " + line.strip()
     return found
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A part as a recipe names it: its name and the options that were given.
-
-    Args:
-        name: name of the part.
-        options: the options given, already checked against the part's fields.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def plain(self) -> Any:
-        """Return what a recipe would say: the bare name, or a mapping with `name` and the options."""
-        return {"name": self.name, **self.options} if self.options else self.name

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field
 
 from hone import options as opt
-from hone.errors import HoneError, Problem, RecipeError, nearest
+from hone.errors import Problem, RecipeError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
 PART_FIELDS = {
@@ -25,6 +25,8 @@ PART_FIELDS = {
     "optimizer": "optimizer", "schedule": "schedule", "sampler": "sampler",
 }  # fmt: skip
 LIST_FIELDS = {"callbacks": "callback", "metrics": "metric"}
+WHOLE_RUN = ("about", "device", "precision", "sharding", "out", "stages")  # what no stage may override
+_WHY = {"model": "each stage starts from the result of the one before"}
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -209,6 +211,12 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every string which `_Loader` would take for something else, such as "1e-4"."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Read a YAML mapping and the line of every field.
 
@@ -218,9 +226,12 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     Raises:
         RecipeError: the file is not valid YAML, is not a mapping, or gives a key twice.
     """
-    text = path.read_text(encoding="utf-8")
-    loader = _Loader(text)
     try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError([Problem("", "expected UTF-8 text", str(path))]) from error
+    try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         lines: dict[str, int] = {}
         problems: list[Problem] = []
@@ -233,8 +244,6 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         detail = getattr(error, "problem", None) or str(error)
         raise RecipeError([Problem("", f"not valid YAML: {detail}", place)]) from error
-    finally:
-        loader.dispose()
     if not isinstance(value, dict):
         raise RecipeError([Problem("", "expected a mapping of fields such as 'model:' and 'data:'", f"{path}:1")])
     return value, lines
@@ -261,20 +270,15 @@ def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem 
     path, equals, value_text = text.partition("=")
     if not equals or not path:
         return Problem(text, "expected key=value", "--set")
-    loader = _Loader(value_text)
     try:
-        node = loader.get_single_node()
-        value = loader.construct_document(node) if node is not None else None
+        value = _Loader(value_text).get_single_data()
     except yaml.YAMLError as error:
         return Problem(path, f"the value is not valid YAML: {error}", "--set")
-    finally:
-        loader.dispose()
     keys, target = path.split("."), raw
     for depth, key in enumerate(keys[:-1]):
         slot: Any = int(key) if isinstance(target, list) and key.isdigit() else key
         if isinstance(target, list) and (not isinstance(slot, int) or slot >= len(target)):
-            said = f"'{'.'.join(keys[:depth])}' has {len(target)} items; '{key}' is none of them"
-            return Problem(path, said, "--set")
+            return _no_item(path, keys[:depth], len(target))
         if not isinstance(target, list) and (slot not in target or target[slot] is None):
             target[slot] = _start(key) if depth == 0 else {}
         if isinstance(target[slot], str):
@@ -283,11 +287,18 @@ def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem 
         if not isinstance(target, (dict, list)):
             return Problem(path, f"'{'.'.join(keys[: depth + 1])}' holds {target!r}, which has no fields", "--set")
     slot = int(keys[-1]) if isinstance(target, list) and keys[-1].isdigit() else keys[-1]
+    if isinstance(target, list) and (not isinstance(slot, int) or slot >= len(target)):
+        return _no_item(path, keys[:-1], len(target))
     target[slot] = value
     for known in [p for p in lines if p == path or p.startswith(path + ".")]:
         del lines[known]
     lines[path] = 0
     return None
+
+
+def _no_item(path: str, keys: list[str], count: int) -> Problem:
+    said = f"'{'.'.join(keys)}' has {count} items; '{path.split('.')[len(keys)]}' is none of them"
+    return Problem(path, said, "--set")
 
 
 def _start(key: str) -> dict[str, Any]:
@@ -305,14 +316,17 @@ def check(raw: dict[str, Any], places: opt.Places) -> list[Problem]:
     """Return every problem of a raw recipe, those of its stages included."""
     problems = _check_level(raw, "", places)
     stages = raw.get("stages") or []
-    if not isinstance(stages, list) or problems:
+    if not isinstance(stages, list):
         return problems
     top = {key: value for key, value in raw.items() if key != "stages"}
     for index, stage in enumerate(stages):
         if isinstance(stage, dict):
+            for key in (key for key in stage if key in WHOLE_RUN or (key == "model" and index)):
+                path = f"stages.{index}.{key}"
+                problems.append(Problem(path, "cannot differ between stages", places.find(path), _WHY.get(key, "")))
             own = _check_level(_merged(top, stage), f"stages.{index}", places, only=set(stage))
             problems += own
-    return problems
+    return list({(problem.field, problem.message): problem for problem in problems}.values())
 
 
 def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str] | None = None) -> list[Problem]:
@@ -321,12 +335,16 @@ def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str
     if only is not None:
         plain = {k: v for k, v in plain.items() if k in only}
     problems += opt.check_fields(Recipe, plain, at, places)
-    for name, kind in PART_FIELDS.items():
-        if raw.get(name) is not None and (only is None or name in only):
-            problems += opt.check_part(kind, raw[name], f"{at}.{name}".lstrip("."), places)
-    for name, kind in LIST_FIELDS.items():
-        if raw.get(name) and (only is None or name in only):
-            problems += opt.check_nested(kind, raw[name], f"{at}.{name}".lstrip("."), places)
+    for name, value in raw.items():
+        path = f"{at}.{name}".lstrip(".")
+        if only is not None and name not in only:
+            continue
+        if name in PART_FIELDS and (value is not None or name not in ("data", "eval_data")):
+            problems += opt.check_part(PART_FIELDS[name], value, path, places)
+        if name in LIST_FIELDS and isinstance(value, list):
+            problems += opt.check_nested(LIST_FIELDS[name], value, path, places)
+        elif name in LIST_FIELDS:
+            problems.append(Problem(path, f"expected a list, got {value!r}", places.find(path)))
     return problems + _combinations(raw, at, places)
 
 
@@ -357,16 +375,6 @@ def _combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Prob
 
 def dump(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, in the order of its fields."""
-    plain = {key: value for key, value in recipe.plain().items() if value not in (None, {}, [])}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
-
-
-def parse_scalar(text: str) -> Any:
-    """Read one value as a recipe would, e.g. "1e-4" is 0.0001."""
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        raise HoneError(f"'{text}' is not valid YAML: {error}") from error
-    finally:
-        loader.dispose()
+    defaults = Recipe().plain()  # an empty default says nothing; an empty value elsewhere switches something off
+    plain = {k: v for k, v in recipe.plain().items() if v not in (None, {}, []) or v != defaults[k]}
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

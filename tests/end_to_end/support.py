@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,6 +79,15 @@ def files(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file of a folder by relative path."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def back_to(run: Path, step: int) -> None:
+    """Make a finished run look as if it had been killed after the checkpoint of a step, or after its last one."""
+    shutil.rmtree(run / "model")
+    (run / "result.json").unlink()
+    for path in (run / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -118,9 +118,7 @@ def test_a_terminated_run_stops_in_order_and_resumes(terminated: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "state.json", "checksums.json"])
-def test_a_damaged_checkpoint_is_passed_over(
-    terminated: Path, tmp_path: Path, uninterrupted: Path, name: str
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over(terminated: Path, tmp_path: Path, uninterrupted: Path, name: str) -> None:
     out = copy(terminated, tmp_path / "run")
     newest = max((out / "checkpoints").iterdir())
     content = bytearray((newest / name).read_bytes())

@@ -397,7 +397,7 @@ def test_no_samples_is_an_error_in_training_only(streaming):
     with pytest.raises(DataError, match="nothing to train on"):
         open_data(source, Renderer(), consumes="sequences")
     opened = open_data(source, Renderer(), consumes="sequences", split="eval")
-    assert (len(opened.trees), opened.samples) == (0, [])
+    assert (len(opened.trees), opened.first(9)) == (0, [])
 
 
 def test_samples_without_a_trained_token_are_an_error():
@@ -413,7 +413,7 @@ def test_opened_data_says_what_it_is(tmp_path):
     assert record["counts"]["split"] == 5
     assert record["cache"].startswith(str(tmp_path / "cache"))
     held = open_data(Listed(listed=of_kind("text")), Renderer(), consumes="sequences", split="eval")
-    assert [sample.where for sample in held.samples] == ["data.jsonl:6"]
+    assert [sample.where for sample in held.first(9)] == ["data.jsonl:6"]
 
 
 def test_overlong_follows_the_kind_unless_it_is_given():

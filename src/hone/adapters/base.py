@@ -26,6 +26,7 @@ class Adapter(ABC):
 
     kind: ClassVar[str]
     name: ClassVar[str]
+    saves_base: ClassVar[bool] = False  # whether `save` writes the frozen weights too, which must then keep their bits
 
     @abstractmethod
     def attach(self, model: nn.Module, calibration: Iterable[Any] | None = None) -> None:

@@ -35,6 +35,7 @@ class Full(Adapter):
         freeze: patterns of what does not train, even where `train` names it.
     """
 
+    saves_base: ClassVar[bool] = True
     train: list[str] | None = None
     freeze: list[str] = field(default_factory=list)
 

@@ -325,9 +325,12 @@ def _count(file: Path, reader: Callable[[Path], Rows]) -> int:
     if suffix(file) == ".jsonl":
         return sum(1 for line, _ in _lines(file) if line.strip())
     if suffix(file) == ".parquet":
-        from pyarrow import parquet
+        from pyarrow import ArrowInvalid, parquet
 
-        return int(parquet.read_metadata(file).num_rows)
+        try:
+            return int(parquet.read_metadata(file).num_rows)
+        except (ArrowInvalid, OSError) as error:
+            raise DataError(f"{file}: not a readable Parquet file: {error}") from error
     return sum(1 for _ in reader(file))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hone.data.cache import Progress, TokenCache, cache_key
@@ -19,6 +20,7 @@ from hone.text.pack import Packed, Tree, pack
 if TYPE_CHECKING:
     from hone.text.render import Renderer
 
+log = logging.getLogger("hone")
 ACCEPTED = {  # what an objective consumes -> the kinds of samples that serve as that
     "sequences": ("text", "completion", "messages"),
     "pairs": ("pair",),
@@ -111,11 +113,17 @@ class Opened:
 
     rendering: Rendering
     trees: TokenCache | None
+    _first: list[Sample] = field(default_factory=list, init=False, repr=False)
 
-    @cached_property
-    def samples(self) -> list[Sample]:
-        """The samples of the split themselves, for generated answers; meant for the small evaluation split."""
-        return list(self.rendering.samples())
+    def first(self, count: int) -> list[Sample]:
+        """Return the first samples of the split themselves, for generated answers.
+
+        Args:
+            count: at most so many.
+        """
+        if len(self._first) < count:
+            self._first = list(itertools.islice(self.rendering.samples(), count))
+        return self._first[:count]
 
     def describe(self) -> str:
         """Return one sentence for people."""
@@ -187,7 +195,13 @@ class Calibration:
 
 
 def open_data(
-    source: Source, renderer: Renderer, *, consumes: str, split: Split = "train", progress: Progress | None = None
+    source: Source,
+    renderer: Renderer,
+    *,
+    consumes: str,
+    split: Split = "train",
+    context: int | None = None,
+    progress: Progress | None = None,
 ) -> Opened:
     """Render a split of a source, or find it in the token cache.
 
@@ -198,6 +212,7 @@ def open_data(
         renderer: turns a sample into trees.
         consumes: what the objective consumes: "sequences", "pairs" or "prompts"; "any" takes every kind of sample.
         split: "train" or "eval".
+        context: most tokens that the model takes; longer samples are fitted to it, whatever `max_tokens` says.
         progress: called with the number of samples read so far.
 
     Returns:
@@ -208,6 +223,9 @@ def open_data(
             has a trained token in the window.
         HoneError: the token cache could not be written.
     """
+    if context is not None and source.max_tokens > context:
+        log.warning("max_tokens is %d, but the model's context is %d tokens, which is used", source.max_tokens, context)
+        source.max_tokens = context
     rendering = Rendering(source, renderer, split, consumes)
     if source.streaming and split == "train":
         if next(rendering.samples(), None) is None:

@@ -36,7 +36,7 @@ class Source(ABC):
         overlong: what is done with a longer one; None splits running text and truncates everything else.
         holdout: samples held out for evaluation where the recipe names no eval_data, at most one row in ten.
         shuffle: train in an order drawn from the run's seed, anew each epoch.
-        workers: processes that render samples; 0 renders in the training process.
+        workers: processes that read ahead (cached tokens) or render (streams); 0 does so in the training process.
         streaming: read while training and keep nothing, for data too large for a token cache.
         cache: keep the rendered tokens on disk, where the next run with the same data finds them.
     """
@@ -176,8 +176,11 @@ class RowSource(Source):
         return self._layout
 
     def evaluation_split(self) -> Split:
-        """Hold nothing out, so that a source named by `eval_data` is evaluated on as a whole, and return that split."""
-        self.holdout = 0
+        """Hold nothing out, so that a source named by `eval_data` is evaluated on as a whole, and return that split.
+
+        It is read once and not streamed: its loss needs all of it at every evaluation.
+        """
+        self.holdout, self.streaming = 0, False
         return "train"
 
     def describe(self) -> str:

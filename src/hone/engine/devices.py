@@ -8,11 +8,13 @@ several players and any number of forward calls need no wrapper around the model
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from torch import nn
 
 from hone.errors import HoneError
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait this long while one reads its data or writes a large model
 
 
@@ -93,23 +96,36 @@ class Cluster:
         dist.broadcast(said, speaker)
         return bytes(said.tolist()).decode()
 
-    def on_main(self, action: Callable[[], object]) -> None:
+    def from_main(self, value: T) -> T:
+        """Return the main process's value on every process; all call it together.
+
+        Args:
+            value: what JSON can hold; only the main process's matters.
+        """
+        return value if self.world == 1 else json.loads(self.agree(json.dumps(value) if self.main else ""))
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
         """Run an action on the main process while the others wait; they fail with it instead of waiting for ever.
 
         Args:
-            action: takes nothing; what it returns is dropped.
+            action: takes nothing.
+
+        Returns:
+            What the action returned on the main process, None on the others.
 
         Raises:
             HoneError: the action raised it; every process raises it.
         """
+        made: T | None = None
         failure: HoneError | None = None
         if self.main:
             try:
-                action()
+                made = action()
             except HoneError as error:
                 failure = error
         if said := self.agree("" if failure is None else str(failure)):
             raise failure or HoneError(said)
+        return made
 
     def align(self, module: nn.Module) -> None:
         """Give every process the first one's weights: factorisations may differ by a sign from machine to machine.

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hone.data.sample import Message, Sample
-from hone.engine.loop import idle
+from hone.engine.loop import divide_among
+from hone.engine.progress import log
 from hone.text.generate import generate
-from hone.text.pack import Tree, divide, pack
+from hone.text.pack import Tree
 
 if TYPE_CHECKING:
     from hone.engine.devices import Cluster
@@ -53,15 +54,11 @@ def mean_loss(model: Any, objective: Any, trees: Sequence[Tree] | None, limit: i
     was_training = model.training
     model.eval()
     total = count = 0.0
-    for part in divide([trees[i] for i in range(len(trees))], limit, cluster.world)[cluster.rank :: cluster.world]:
-        if cluster.sharded and not part:
-            part = [idle(trees[0])]
-        if part:
-            batch = pack(part).to(cluster.device)
-            with cluster.autocast():
-                value, _ = objective.loss(model, batch)
-            total += float(value)
-            count += float(objective.count(batch))
+    for share in divide_among([trees[i] for i in range(len(trees))], limit, cluster):
+        with cluster.autocast():
+            value, _ = objective.loss(model, share.batch)
+        total += share.counts * float(value)
+        count += share.counts * float(objective.count(share.batch))
     model.train(was_training)
     whole = cluster.sum(count)
     summed = cluster.sum(total)
@@ -89,11 +86,14 @@ def answer(
         max_new_tokens: longest answer in tokens.
         seed: seeds the sampler.
     """
-    asked = [s for s in samples if s.kind != "text"]
-    if not asked:
-        return Evaluation()
     renderer = model.renderer
-    prompts = [renderer.prompt_ids(sample) for sample in asked]
+    pairs = [(sample, renderer.prompt_ids(sample)) for sample in samples if sample.kind != "text"]
+    fitting = [(sample, ids) for sample, ids in pairs if model.context is None or len(ids) < model.context]
+    if len(fitting) < len(pairs):
+        log.warning("%d held-out prompts fill the model's context and are not asked", len(pairs) - len(fitting))
+    if not fitting:
+        return Evaluation()
+    asked, prompts = zip(*fitting, strict=True)
     made = generate(model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop=renderer.stop_ids, seed=seed)
     answers = []
     sums: dict[str, list[float]] = {}

@@ -90,9 +90,9 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:  # bytes: a line may be cut inside a character
             for line in file:
-                if line.endswith("\n"):
+                if line.endswith(b"\n"):
                     yield json.loads(line)
 
     def rewind(self, step: int) -> None:

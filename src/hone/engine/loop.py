@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
 from hone.engine import guard, sharding
 from hone.engine.devices import Cluster, seed_all
-from hone.errors import HoneError
+from hone.errors import HoneError, NumericError
 from hone.text.pack import Packed, Tree, divide, pack
 
 if TYPE_CHECKING:
@@ -95,8 +94,13 @@ class Run:
         """Whether the run stops before its end, to go on another time."""
         return self.stop.startswith(INTERRUPTED)
 
-    def state(self) -> dict[str, Any]:
-        """Return everything that the rest of the run depends on. Random numbers are a function of the step."""
+    def state(self, keep: bool = True) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on. Random numbers are a function of the step.
+
+        Args:
+            keep: False leaves out the tensors that processes share, on one that does not write the state; all processes
+                must call it together.
+        """
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -110,7 +114,7 @@ class Run:
             "loader": self.loader.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
-        return sharding.whole(state) if self.cluster.sharded else state
+        return sharding.whole(state, keep) if self.cluster.sharded else state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Invert `state`.
@@ -155,9 +159,30 @@ def load_tensors(into: dict[str, Any], saved: dict[str, Any], what: str) -> None
         sharding.copy_into(tensor.data, saved[name])
 
 
-def idle(tree: Tree) -> Tree:
-    """Return a tree on which nothing is trained, for a process that has no other work."""
-    return replace(tree, weights=tuple(np.zeros_like(weight) for weight in tree.weights))
+@dataclass(frozen=True)
+class Share:
+    """A micro-batch of one process.
+
+    Args:
+        batch: the packed trees.
+        counts: False when it only keeps the process in step with the others, which have trees left; it trains nothing.
+    """
+
+    batch: Packed
+    counts: bool
+
+
+def divide_among(trees: Sequence[Tree], limit: int, cluster: Cluster) -> list[Share]:
+    """Return this process's micro-batches of a step: as many as every other process has.
+
+    Args:
+        trees: the trees of the whole step, the same on every process.
+        limit: most tokens in one forward pass.
+        cluster: the processes and the device.
+    """
+    mine = divide(trees, limit, cluster.world)[cluster.rank :: cluster.world]
+    spare = [min(trees, key=len)]
+    return [Share(pack(share or spare).to(cluster.device), bool(share)) for share in mine]
 
 
 class Trainer:
@@ -187,14 +212,11 @@ class Trainer:
         began = time.perf_counter()
         run.model.train()
         seed_all(run.recipe.seed, run.step + 1, cluster.rank)
-        shares = divide(trees, self.limit, cluster.world)[cluster.rank :: cluster.world]
-        if cluster.sharded:  # every process must make the same number of forward passes
-            shares = [share or [idle(trees[0])] for share in shares]
-        batches = [pack(share).to(cluster.device) for share in shares if share]
-        units = cluster.sum(sum(float(run.objective.count(batch)) for batch in batches))
+        shares = divide_among(trees, self.limit, cluster)
+        units = cluster.sum(sum(float(run.objective.count(share.batch)) for share in shares if share.counts))
         if units <= 0:
             raise HoneError(f"step {run.step + 1}: nothing in this step is trained on: every token is masked")
-        row = self._turns(batches, units, tuple(tree.where for tree in trees))
+        row = self._turns(shares, units, tuple(tree.where for tree in trees))
         run.step += 1
         run.tokens += sum(len(tree) for tree in trees)
         seconds = time.perf_counter() - began
@@ -202,25 +224,30 @@ class Trainer:
         return {"step": run.step, **row, "tokens": tokens, "units": units, "seconds": round(seconds, 4),
                 "memory": cluster.peak_memory()}  # fmt: skip
 
-    def _turns(self, batches: list[Packed], units: float, where: tuple[str, ...]) -> dict[str, Any]:
+    def _turns(self, shares: list[Share], units: float, where: tuple[str, ...]) -> dict[str, Any]:
         """Let every micro-batch take its turns side by side: a player moves once all have given its loss."""
         run, cluster = self.run, self.run.cluster
-        games = [run.objective.turns(run.model, batch) for batch in batches]
+        games = [run.objective.turns(run.model, share.batch) for share in shares]
         row: dict[str, Any] = {}
         while True:
-            player_name, sums = "", dict[str, float]()
-            for game, batch in zip(games, batches, strict=True):
+            player_name, sums, trouble = "", dict[str, float](), ""
+            for game, share in zip(games, shares, strict=True):
                 with cluster.autocast():
                     turn = next(game, None)
                 if turn is None:
                     continue
                 player_name = turn.player
-                guard.check_loss(turn.loss.detach(), run.step + 1, batch.where)
-                (turn.loss / units).backward()
+                try:
+                    guard.check_loss(turn.loss.detach(), run.step + 1, share.batch.where)
+                except NumericError as error:
+                    trouble = trouble or str(error)  # raised below: the other processes expect the backward pass
+                (turn.loss * share.counts / units).backward()
                 for name, value in {"loss": turn.loss.detach(), **turn.metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
+                    sums[name] = sums.get(name, 0.0) + share.counts * float(value)
             if not player_name:
                 return row
+            if trouble := cluster.agree(trouble):
+                raise NumericError(trouble)
             player = run.players[player_name]
             parameters = [p for _, p in player.params]
             cluster.reduce_gradients(parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
+from hone.engine.assemble import Bench, assemble, describe_model
 from hone.engine.checkpoint import Checkpoints, read_state
 from hone.engine.devices import Cluster
 from hone.engine.loop import Trainer
 from hone.engine.progress import Display, clock, console, listen
-from hone.engine.run import Bench, assemble, describe_model
 from hone.recipe import Recipe
 from hone.text.pack import Tree
 
@@ -88,7 +89,7 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
     trainer = Trainer(bench.run)
     longest = _longest(bench, recipe.batch_tokens)
     trainer.train_step(longest)
-    typical = [trainer.train_step(next(bench.run.loader))["seconds"] for _ in range(2)]
+    typical = [trainer.train_step(trees)["seconds"] for trees in itertools.islice(bench.run.loader, 2)]
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         saved = Checkpoints(Path(scratch), keep=1).save(bench.run.step, bench.run.state())
@@ -114,14 +115,17 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
 
 def _first(bench: Bench, count: int) -> list[Tree]:
     if bench.data.trees is None:  # a stream
-        return next(bench.run.loader)[:count]
+        begin = bench.run.loader.state_dict()
+        trees = next(bench.run.loader)[:count]
+        bench.run.loader.load_state_dict(begin)
+        return trees
     return [bench.data.trees[i] for i in range(min(count, len(bench.data.trees)))]
 
 
 def _longest(bench: Bench, batch_tokens: int) -> list[Tree]:
     """Return the batch that asks for most memory: the longest samples together, up to `batch_tokens`."""
     if bench.data.trees is None:
-        return next(bench.run.loader)
+        return _first(bench, batch_tokens)
     chosen: list[Tree] = []
     room = batch_tokens
     for index in np.argsort(bench.data.trees.lengths)[::-1]:

@@ -45,7 +45,8 @@ class Display:
         self.live = active and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._task: Any = None
-        self._label, self._total, self._first = "", None, 0
+        self._label, self._first = "", 0
+        self._total: int | None = None
         self._began = self._last = 0.0
 
     def say(self, text: str, style: str | None = None) -> None:

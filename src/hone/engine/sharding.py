@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hone.errors import HoneError
 from hone.text.pack import Tree, pack
 
 if TYPE_CHECKING:
@@ -30,13 +31,19 @@ def shard(model: Any, cluster: Cluster) -> None:
     Args:
         model: the language model, its adapter attached, the same on every process.
         cluster: the processes.
+
+    Raises:
+        HoneError: this torch is too old.
     """
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise HoneError(f"sharding: sums of gradients need a newer torch than {torch.__version__}; upgrade torch")
     mesh = init_device_mesh(cluster.device.type, (cluster.world,))
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for part in _parts(model):
         part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     hidden = model.hidden
     model.hidden = lambda batch: hidden(batch).clone()  # the backward hooks of FSDP2 go on tensors that are no views
     register_fsdp_forward_method(model, "hidden")
@@ -90,8 +97,8 @@ def whole(state: Any, keep: bool = True) -> Any:
         keep: False returns None in place of what was gathered, on processes that have no use for it.
     """
     if isinstance(state, DTensor):
-        gathered = state.full_tensor()
-        return gathered.cpu() if keep else None  # one tensor at a time: all of them would not fit on a device
+        full = state.full_tensor()
+        return full.cpu() if keep else None  # one by one: all of them might not fit on the device
     if isinstance(state, dict):
         return {key: whole(value, keep) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

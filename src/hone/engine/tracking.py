@@ -38,7 +38,7 @@ class Trackers:
             needs_folder = {"logging_dir": str(folder / "logs")} if cls.requires_logging_directory else {}
             try:
                 tracker = cls(folder.name, **needs_folder)
-                if hasattr(tracker, "start"):  # since Accelerate 1.9 a tracker opens its log only now
+                if hasattr(tracker, "start"):  # newer releases of Accelerate open the log only now
                     tracker.start()
                 self._trackers.append(tracker)
             except (ImportError, NameError) as error:  # Accelerate leaves the name undefined when it is not installed

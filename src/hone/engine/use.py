@@ -10,11 +10,12 @@ import torch
 from hone.data.open import open_data
 from hone.data.sample import Message, Sample
 from hone.engine import evaluate
+from hone.engine.assemble import evaluation_data
 from hone.engine.checkpoint import staged
 from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
 from hone.engine.progress import Display, listen
-from hone.engine.run import evaluation_data, require_finished
+from hone.engine.run import require_finished
 from hone.errors import HoneError
 from hone.recipe import Recipe
 from hone.samplers.text import Greedy
@@ -60,8 +61,10 @@ def sample_run(
         asked = [Sample(kind="prompt", prompt=turn, where="--prompt") for turn in turns]
     elif recipe is not None:
         source, split = evaluation_data(recipe)
-        held_out = open_data(source, model.renderer, consumes="any", split=split).samples
+        held_out = open_data(source, model.renderer, consumes="any", split=split).first(100)
         asked = [s for s in held_out if s.kind != "text"][:3]
+        if not asked:
+            raise HoneError("the held-out data is running text without prompts; give one with --prompt 'some text'")
     else:
         raise HoneError("give a prompt: hone sample FOLDER --prompt 'some text'")
     sampler = Sampling(temperature=temperature) if temperature > 0 else Greedy()
@@ -91,10 +94,14 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
     objective = recipe.build("objective")
     source, split = evaluation_data(recipe)
-    opened = open_data(source, model.renderer, consumes=objective.consumes, split=split, progress=display.update)
+    display.start("reading held-out data", None)
+    opened = open_data(
+        source, model.renderer, consumes=objective.consumes, split=split, context=model.context, progress=display.update
+    )
+    display.stop()
     loss = evaluate.mean_loss(model, objective, opened.trees, recipe.micro_tokens or recipe.batch_tokens, cluster)
     found = evaluate.answer(
-        model, source, opened.samples[: recipe.eval_samples], recipe.build("metrics"), sampler=recipe.build("sampler"),
+        model, source, opened.first(recipe.eval_samples), recipe.build("metrics"), sampler=recipe.build("sampler"),
         max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
     )  # fmt: skip
     found.loss = loss
@@ -139,7 +146,7 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
             trained.save(staging)
         else:
             for file in made.iterdir():
-                if file.name != "checksums.json":
+                if file.is_file() and file.name != "checksums.json":
                     (staging / file.name).write_bytes(file.read_bytes())
     again = LanguageModel.load(str(target))
     trained.float()

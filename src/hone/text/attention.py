@@ -7,7 +7,7 @@ one function is registered here that hands queries, keys and values to the objec
     model.set_attn_implementation("hone")
     decoder(input_ids=tokens[None], position_ids=positions[None], use_cache=False, plan=TreePlan(batch))
 
-`TreePlan` serves packed batches; `DecodeCache` (`text/generate.py`) serves generation. Without a plan the function is
+`TreePlan` serves packed batches; `DecodeCache` (`text/cache.py`) serves generation. Without a plan the function is
 plain causal attention, so that `model(input_ids)` and `model.generate` keep working on the same object.
 
 With S segments cut out of T tokens, a token at position i of the chain sees the keys at positions j of the same chain

@@ -120,7 +120,7 @@ def generate(
 
 def _room(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int) -> np.ndarray:
     """Return the most tokens that each answer may have."""
-    context = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    context = model.context
     room = np.full(len(prompts), max_new_tokens, dtype=np.int64)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:

@@ -114,6 +114,11 @@ class LanguageModel(nn.Module):
         return Renderer(self.tokenizer, self.template, eos_ids)
 
     @property
+    def context(self) -> int | None:
+        """The most tokens that a chain may have, None where the architecture sets no limit."""
+        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def decoder(self) -> nn.Module:
         """The model without its head."""
         found = self.hf.get_decoder()

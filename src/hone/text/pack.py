@@ -81,12 +81,6 @@ class Packed:
         return int(self.parents.shape[0])
 
     @cached_property
-    def segment_of(self) -> Tensor:
-        """(T,) index of each token's segment, on the device of the tokens."""
-        lengths = self.starts[1:] - self.starts[:-1]
-        return torch.repeat_interleave(torch.arange(self.segments), lengths).to(self.tokens.device)
-
-    @cached_property
     def previous(self) -> Tensor:
         """(T,) index of the token whose hidden state predicts token t; -1 at the first token of a root."""
         before = torch.arange(-1, len(self) - 1)

@@ -1,0 +1,149 @@
+"""From a recipe to parts that are ready to train, built in the order the data meets them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hone.adapters.base import CONFIG_FILE
+from hone.data.open import Opened, open_data
+from hone.data.sample import Sample
+from hone.data.source import Source, Split
+from hone.engine import evaluate, sharding
+from hone.engine.checkpoint import staged
+from hone.engine.devices import Cluster, seed_all
+from hone.engine.loop import Player, Run
+from hone.engine.manifest import folder_hash
+from hone.engine.progress import Display
+from hone.recipe import Recipe
+from hone.text.model import LanguageModel, shipped_base
+
+
+@dataclass
+class Bench:
+    """The assembled parts of a run, ready to train.
+
+    Args:
+        run: what trains.
+        adapter: how weights are parameterised.
+        source: the training data.
+        data: its rendered form.
+        eval_source: the evaluation data.
+        eval_data: its rendered form and its samples.
+        metrics: judges of generated answers.
+        sampler: picks tokens in evaluation.
+        base: path of the starting model, for saved adapters.
+    """
+
+    run: Run
+    adapter: Any
+    source: Any
+    data: Opened
+    eval_source: Any
+    eval_data: Opened
+    metrics: list[Any]
+    sampler: Any
+    base: str
+
+    def evaluate(self, display: Display) -> evaluate.Evaluation:
+        """Return the loss on held-out data and the scores of generated answers."""
+        run, recipe = self.run, self.run.recipe
+        limit = recipe.micro_tokens or recipe.batch_tokens
+        samples: list[Sample] = self.eval_data.first(recipe.eval_samples) if recipe.metrics else []
+        with sharding.gathered(run.model):
+            loss = evaluate.mean_loss(run.model, run.objective, self.eval_data.trees, limit, run.cluster)
+            if samples:
+                display.update(run.step, f"answering {len(samples)} held-out problems")
+            with run.cluster.autocast():
+                found = evaluate.answer(
+                    run.model, self.eval_source, samples, self.metrics, sampler=self.sampler,
+                    max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
+                )  # fmt: skip
+        found.loss = loss
+        found.scores = run.cluster.from_main(found.scores)  # every process must find the same step the best
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Save the trained model where transformers or PEFT can load it."""
+        nested = (Path(self.base) / CONFIG_FILE).is_file()  # it started from an adapter, which PEFT takes for no base
+        base = str((folder / "base").resolve()) if nested else self.base
+        with staged(folder) as staging:
+            self.adapter.save(self.run.model.hf, staging, base=base)
+            if nested and (staging / CONFIG_FILE).is_file():
+                LanguageModel.load(self.base, dtype=self.run.cluster.dtype).save(staging / "base")
+            self.run.model.save_tokenizer(staging)
+
+
+def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
+    """Build every part of a single-stage recipe, in the order the data meets them.
+
+    Args:
+        recipe: a checked recipe without stages.
+        cluster: device and processes.
+        display: says what was found.
+    """
+    seed_all(recipe.seed, 0)
+    source = recipe.build("data")
+    eval_source, eval_split = evaluation_data(recipe, source)
+    start, objective = recipe.build("model"), recipe.build("objective")
+    model = start.load(device=cluster.device, dtype=cluster.dtype, data=source)
+    model.checkpoint_layers(recipe.recompute)
+
+    def opened(label: str, which: Source, split: Split) -> Opened:
+        display.start(label, None)
+        made = open_data(
+            which, model.renderer, consumes=objective.consumes, split=split, context=model.context,
+            progress=display.update,
+        )  # fmt: skip
+        display.stop()
+        return made
+
+    data = opened("reading data", source, "train")
+    eval_data = opened("reading held-out data", eval_source, eval_split)
+    display.say(data.describe())
+    adapter = recipe.build("adapter")
+    adapter.attach(model.hf, data.calibration(recipe.batch_tokens, recipe.seed))
+    model.to(device=cluster.device)
+    if cluster.precision == "bf16" and not adapter.saves_base:  # autocast would cast them anew in every forward pass
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+    cluster.align(model)
+    if cluster.sharded:
+        sharding.shard(model, cluster)
+    loader = data.loader(recipe.batch_tokens, recipe.seed, recipe.epochs)
+    total = recipe.steps if recipe.steps is not None else loader.total_steps(recipe.epochs or 1.0)
+    run = Run(recipe, cluster, model, objective, loader, total, callbacks=recipe.build("callbacks"))
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    run.players["model"] = Player(params, recipe.build("optimizer").build(params), recipe.build("schedule").factor)
+    objective.setup(run)
+    base = getattr(start, "path", "")
+    local = shipped_base() if base == "base" else Path(base).expanduser()
+    base = str(local.resolve()) if base and local.is_dir() else base  # a saved adapter is loaded from any folder
+    metrics, sampler = recipe.build("metrics"), recipe.build("sampler")
+    return Bench(run, adapter, source, data, eval_source, eval_data, metrics, sampler, base)
+
+
+def evaluation_data(recipe: Recipe, source: Source | None = None) -> tuple[Source, Split]:
+    """Return what a recipe evaluates on: the held-out split of its data, or all of `eval_data`.
+
+    Args:
+        recipe: a checked recipe.
+        source: its training data, when it is built already.
+    """
+    if recipe.eval_data is None:
+        return recipe.build("data") if source is None else source, "eval"
+    other = recipe.build("eval_data")
+    return other, other.evaluation_split()
+
+
+def describe_model(bench: Bench) -> dict[str, Any]:
+    """Return the path, content hash and sizes of the model that a run starts from."""
+    model = bench.run.model
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for _, p in bench.run.trainable)
+    return {"base": bench.base, "sha256": folder_hash(Path(bench.base)) if bench.base else None,
+            "parameters": everything, "trained": trained, "packed": bool(model.packs)}  # fmt: skip

@@ -1,0 +1,191 @@
+"""One stage of a run: training to the end or to a stop, evaluating, saving, in a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from hone.engine import sharding
+from hone.engine.assemble import Bench
+from hone.engine.checkpoint import Checkpoints, read_state
+from hone.engine.folder import RunFolder
+from hone.engine.loop import INTERRUPTED, Run, Trainer, load_tensors
+from hone.engine.progress import Display
+from hone.engine.tracking import Trackers
+from hone.errors import NumericError
+
+
+@contextlib.contextmanager
+def stopping_on_signals(run: Run) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into an orderly stop after the current step; a second SIGINT interrupts at once.
+
+    Of several processes it does not: launchers pass on the SIGINT that the terminal has sent to all of them already.
+    """
+
+    def handle(number: int, _frame: object) -> None:
+        if run.stop and number == signal.SIGINT and run.cluster.world == 1:
+            raise KeyboardInterrupt
+        run.stop = run.stop or f"{INTERRUPTED} by {signal.Signals(number).name}"  # a run that ends anyway does so
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller looks after signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class Stage:
+    """One stage of a run, in a folder of its own."""
+
+    def __init__(self, bench: Bench, folder: RunFolder, display: Display) -> None:
+        """Prepare to train.
+
+        Args:
+            bench: the assembled parts.
+            folder: the stage's folder.
+            display: says how it goes.
+        """
+        self.bench, self.run, self.folder, self.display = bench, bench.run, folder, display
+        self.run.folder = folder
+        self.checkpoints = Checkpoints(folder.path / "checkpoints", self.run.recipe.keep)
+        self.trainer = Trainer(self.run)
+        self.evaluations: list[dict[str, Any]] = []
+        self.trackers = Trackers(self.run.recipe.trackers, folder.path, self.run.cluster.main)
+        self.seconds = 0.0
+        self.saved = -1
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, or to a stop; return the result."""
+        try:
+            return self._train()
+        finally:
+            self.run.loader.close()
+            self.trackers.close()
+
+    def _train(self) -> dict[str, Any]:
+        run = self.run
+        began = time.perf_counter()
+        if self.saved < 0:
+            self.display.start("evaluating before training", None)
+            self._evaluate()
+        else:  # resumed
+            self.evaluations = list(self.folder.rows("evaluations.jsonl"))
+        for callback in run.callbacks:
+            callback.on_start(run)
+        self.display.start("training", run.total, run.step)
+        with stopping_on_signals(run):
+            while run.step < run.total and not run.cluster.agree(run.stop):
+                self._step()
+        run.stop = run.cluster.agree(run.stop)  # a signal may have reached one process only
+        self.display.stop()
+        self._checkpoint()
+        if not run.interrupted:
+            self._finish()
+        run.cluster.barrier()
+        self.seconds += time.perf_counter() - began
+        return self._result()
+
+    def _finish(self) -> None:
+        """Choose the final weights, evaluate them and save the model."""
+        run = self.run
+        if run.recipe.final == "best" and run.best is not None and run.best[1] != run.step:
+            self._take_best()
+        for callback in run.callbacks:
+            callback.on_end(run)
+        self._evaluate()
+        sharding.gather(run.model, keep=run.cluster.main)
+        run.cluster.on_main(lambda: self.bench.save(self.folder.path / "model"))
+
+    def _step(self) -> None:
+        run, recipe = self.run, self.run.recipe
+        position = run.loader.state_dict()
+        trees = next(run.loader, None)
+        if trees is None:
+            run.stop = run.stop or "the data ended"
+            return
+        try:
+            row = self.trainer.train_step(trees)
+        except NumericError:
+            run.loader.load_state_dict(position)  # the state before the step: the optimizer has not moved
+            self._checkpoint()
+            raise
+        for callback in run.callbacks:
+            callback.on_step(run, row)
+        if run.cluster.main:
+            self.folder.append("metrics.jsonl", row)
+            self.trackers.log(row, run.step)
+        speed = row["tokens"] / row["seconds"] if row["seconds"] else 0.0
+        self.display.update(run.step, f"loss {row.get('loss', float('nan')):.3f}  {speed:,.0f} tokens/s")
+        last = run.step == run.total  # evaluated in the end anyway, but here as one of those to choose from
+        if recipe.eval_every and (recipe.final == "best" if last else run.step % recipe.eval_every == 0):
+            self._evaluate()
+        if recipe.checkpoint_every and run.step % recipe.checkpoint_every == 0:
+            self._checkpoint()
+
+    def _evaluate(self) -> None:
+        run = self.run
+        found = self.bench.evaluate(self.display)
+        row = {"step": run.step, **found.row()}
+        if self.evaluations and self.evaluations[-1]["step"] == run.step:  # now for the weights that are kept
+            self.evaluations.pop()
+            if run.cluster.main:
+                self.folder.forget(run.step)
+        if run.cluster.main and len(row) > 1:
+            self.folder.append("evaluations.jsonl", row)
+            for answer in found.answers:
+                self.folder.append("samples.jsonl", {"step": run.step, **answer})
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "step")
+            self.display.say(f"step {run.step}: held-out {numbers}")
+            self.trackers.log({f"eval/{k}": v for k, v in row.items() if k != "step"}, run.step)
+        self.evaluations.append(row)
+        for callback in run.callbacks:
+            callback.on_eval(run, row)
+        value = -found.scores["accuracy"] if "accuracy" in found.scores else found.loss
+        if value is not None and run.step > 0 and (run.best is None or value < run.best[0]):
+            run.best = (float(value), run.step)
+            if run.recipe.final == "best":
+                self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Save the state of this step, unless it is saved already; all processes call it together."""
+        run = self.run
+        if self.saved == run.step:
+            return
+        self.saved = run.step
+        state = run.state(keep=run.cluster.main)
+        run.cluster.on_main(lambda: self.checkpoints.save(run.step, state, run.best[1] if run.best else None))
+
+    def _take_best(self) -> None:
+        """Go back to the weights of the best evaluation, for the model that is saved."""
+        run = self.run
+        if run.best is None:
+            return
+        run.cluster.barrier()
+        state = read_state(self.checkpoints.path(run.best[1]))
+        for name, player in run.players.items():
+            load_tensors(dict(player.params), state["players"][name]["weights"], f"player '{name}'")
+        self.display.say(f"taking the weights of step {run.best[1]}, the best evaluation")
+
+    def _result(self) -> dict[str, Any]:
+        run, path = self.run, self.folder.path
+        clean = [{k: v for k, v in row.items() if k != "step"} for row in self.evaluations]
+        seconds = sum(row["seconds"] for row in self.folder.rows("metrics.jsonl"))
+        result = {
+            "run": str(path), "status": "interrupted" if run.interrupted else "finished", "reason": run.stop,
+            "steps": run.step, "tokens": run.tokens, "seconds": round(self.seconds, 2),
+            "training_seconds": round(seconds, 2), "peak_memory": run.cluster.peak_memory(),
+            "before": clean[0] if clean else {}, "after": clean[-1] if clean else {},
+            "best_step": run.best[1] if run.best else None,
+            "model": None if run.interrupted else str(path / "model"), "report": str(path / "report.html"),
+        }  # fmt: skip
+        if run.cluster.main:
+            self.folder.write("result.json", result)
+        return result
