@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +69,7 @@ def pairs() -> list[Tree]:
     return [tree([p, a, b], [-1, 0, 0], seed=p, prompt=p, **chosen) for p, a, b in ((3, 4, 2), (2, 1, 5), (6, 3, 3))]
 
 
-TOYS: dict[str, Callable[[], list[Tree]]] = {"sequences": sequences, "pairs": pairs}
+TOYS: dict[str, Callable[[], list[Tree]]] = {"sequences": sequences, "tokens": sequences, "pairs": pairs}
 
 NAMES = [record.name for record in catalogue() if record.kind == "objective"]
 CASES = [(name, options) for name in NAMES for options in ({}, *VARIANTS.get(name, []))]
@@ -235,7 +236,8 @@ def test_sft_runs_the_head_on_trained_tokens_only():
 
 
 def test_pretrain_counts_every_token_that_has_a_predecessor():
-    model, trees = make_model(), sequences()
+    model = make_model()
+    trees = [replace(t, weights=tuple(np.ones_like(w) for w in t.weights)) for t in sequences()]  # as rendered for it
     batch = pack(trees)
     losses, predicted = plain_losses(model, batch)
     log_z = model.head(model.hidden(batch)[batch.previous[predicted]]).logsumexp(-1)

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from end_to_end.support import Outcome, fields, files, hone, rows, write_recipe
+from end_to_end.support import Outcome, back_to, fields, files, hone, rows, write_recipe
 from hone.adapters import host
 from hone.engine import checkpoint
 from hone.engine.folder import RunFolder
+from hone.objectives.language import SFT
 
 Run = Callable[..., Outcome]
 QUESTION, ANSWER = "What does animal 1 of the dogs say?", "I am a dog"
@@ -217,39 +218,55 @@ def poison(model: Path, copy: Path) -> Path:
     return copy
 
 
-def test_a_run_that_fails_in_its_first_step_resumes_without_evaluating_twice(
-    run: Run, tiny_model: Path, qa_file: Path, tmp_path: Path
-) -> None:
-    data, poisoned = tmp_path / "train.jsonl", poison(tiny_model, tmp_path / "poisoned")
-    data.write_text(qa_file.read_text().replace("What", "\u00ff"))
-    stopped = run(data=str(data), eval_data=str(qa_file), model=str(poisoned))
-    assert_refused(stopped, "hone: step 1: the loss is nan")
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
-    shutil.copy(tiny_model / "model.safetensors", poisoned)
-    assert hone("resume", tmp_path / "run").status == 0
-    assert [row["step"] for row in rows(tmp_path / "run" / "evaluations.jsonl")] == [0, 12]
-
-
 def test_a_poisoned_model_is_stopped_at_the_sample_that_shows_it(
     run: Run, tiny_model: Path, qa_file: Path, tmp_path: Path
 ) -> None:
-    """The embedding of one byte is no number, and one sample has that byte; mended, the run ends as if it never was."""
-    data = tmp_path / "train.jsonl"
+    """The embedding of one byte is not a number, and one sample has that byte."""
+    data, poisoned = tmp_path / "train.jsonl", poison(tiny_model, tmp_path / "poisoned")
     lines = qa_file.read_text().splitlines()
     lines[50] = json.dumps({"question": QUESTION + " \u00ff", "answer": ANSWER})
     data.write_text("\n".join(lines) + "\n")
     source = {"name": "files", "path": str(data), "holdout": 0}
-    assert run(data=source, eval_samples=0).status == 0
-    whole = shutil.move(tmp_path / "run", tmp_path / "whole")
-    poisoned = poison(tiny_model, tmp_path / "poisoned")
-    stopped = run(data=source, eval_samples=0, model=str(poisoned))
+    stopped = run(data=source, model=str(poisoned))
     step = len(rows(tmp_path / "run" / "metrics.jsonl")) + 1
-    assert_refused(stopped, f"hone: step {step}: the loss is nan", f"{data}:51", "the last good state is saved")
     assert 1 < step <= 12 and (tmp_path / "run" / "checkpoints" / f"step-{step - 1:08d}").is_dir()
+    assert_refused(stopped, f"hone: step {step}: the loss is nan", f"{data}:51", "the last good state is saved")
+    assert_refused(hone("resume", tmp_path / "run"), f"hone: step {step}: the loss is nan", f"{data}:51")
     shutil.copy(tiny_model / "model.safetensors", poisoned)
+    assert_refused(hone("resume", tmp_path / "run"), "the starting model has changed since this run began")
+
+
+@pytest.mark.parametrize("bad", [1, 7])
+def test_a_run_stopped_by_a_passing_fault_resumes_to_the_same_bytes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    assert run().status == 0
+    whole = shutil.move(tmp_path / "run", tmp_path / "whole")
+    honest, calls = SFT.loss, []
+
+    def faulty(self: SFT, model: Any, batch: Any) -> Any:
+        value, metrics = honest(self, model, batch)
+        calls.append(model.training)
+        return (value * float("nan") if model.training and sum(calls) == bad else value), metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFT, "loss", faulty)
+        assert_refused(run(), f"hone: step {bad}: the loss is nan", "animals.jsonl:")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{bad - 1:08d}"]
     assert hone("resume", tmp_path / "run").status == 0
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "run" / "model" / name).read_bytes() == (Path(whole) / "model" / name).read_bytes()
+    assert files(tmp_path / "run" / "model") == files(Path(whole) / "model")
+    assert rows(tmp_path / "run" / "evaluations.jsonl") == rows(Path(whole) / "evaluations.jsonl")
+
+
+def test_a_run_does_not_go_on_with_other_data(run: Run, qa_file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    shutil.copy(qa_file, data)
+    assert run(data=str(data), checkpoint_every=5).status == 0
+    back_to(tmp_path / "run", 5)
+    data.write_text(data.read_text() + json.dumps({"question": QUESTION, "answer": ANSWER}) + "\n")
+    assert_refused(hone("resume", tmp_path / "run"), "the train data has changed since this run began")
+    shutil.copy(qa_file, data)
+    assert hone("resume", tmp_path / "run").status == 0
 
 
 @pytest.fixture

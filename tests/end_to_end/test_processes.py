@@ -221,7 +221,7 @@ def test_both_use_the_run_folder_that_the_first_one_makes(top: Path, said: dict[
 
 
 def test_a_signal_to_one_process_stops_both_and_one_goes_on(top: Path, tiny_model: Path, qa_file: Path) -> None:
-    recipe = settings(tiny_model, qa_file, steps=40, eval_every=3, eval_samples=1)
+    recipe = settings(tiny_model, qa_file, steps=80, eval_every=10, eval_samples=1, checkpoint_every=40)
     whole = hone("run", write_recipe(top / "whole.yaml", {**recipe, "out": str(top / "whole")}))
     assert whole.status == 0, whole.err
     out = top / "stopped"
@@ -233,7 +233,7 @@ def test_a_signal_to_one_process_stops_both_and_one_goes_on(top: Path, tiny_mode
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
         assert launcher.stderr is not None
         heard = ""
-        while "step 3: held-out" not in heard:
+        while "step 10: held-out" not in heard:
             line = launcher.stderr.readline()
             assert line, heard  # it ended
             heard += line
@@ -243,10 +243,10 @@ def test_a_signal_to_one_process_stops_both_and_one_goes_on(top: Path, tiny_mode
     assert f"everything is saved. Go on with:  hone resume {out}" in printed
     result = json.loads((out / "result.json").read_text())
     assert result["status"] == "interrupted" and result["reason"] == "interrupted by SIGTERM"
-    assert 3 <= result["steps"] < 40
+    assert 10 <= result["steps"] < 80
     assert "a share of the weights" in heard
     resumed = hone("resume", out)
-    assert resumed.status == 0 and f"going on from step {result['steps']} of 40" in resumed.err
+    assert resumed.status == 0 and f"going on from step {result['steps']} of 80" in resumed.err
     assert_equal(out, top / "whole", ELASTIC)
 
 

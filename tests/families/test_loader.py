@@ -406,6 +406,13 @@ def test_samples_without_a_trained_token_are_an_error():
         open_data(Listed(listed=listed), Renderer(), consumes="sequences")
 
 
+def test_what_consumes_tokens_trains_on_prompts_too():
+    listed = of_kind("completion")
+    masked = open_data(Listed(listed=listed), Renderer(), consumes="sequences").trees[0]
+    whole = open_data(Listed(listed=listed), Renderer(), consumes="tokens").trees[0]
+    assert masked.trained < whole.trained == len(whole) == len(masked)
+
+
 def test_opened_data_says_what_it_is(tmp_path):
     opened = open_data(Listed(listed=of_kind("text"), max_tokens=3), Renderer(), consumes="sequences")
     assert opened.describe().startswith("Listed: 5 samples, all kept: 40 tokens, 25 of them trained; 5 split into")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hone.data.cache import Progress, TokenCache, cache_key
 from hone.data.loader import Loader, StreamingLoader
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hone")
 ACCEPTED = {  # what an objective consumes -> the kinds of samples that serve as that
     "sequences": ("text", "completion", "messages"),
+    "tokens": ("text", "completion", "messages"),  # every token trains, those of prompts too
     "pairs": ("pair",),
     "prompts": ("prompt", "completion", "messages"),
     "any": ("text", "completion", "messages", "pair", "prompt"),
@@ -34,7 +37,7 @@ _IN_WORDS = {
     "pair": "preference data",
     "prompt": "prompts without answers",
 }
-_FOR_EXAMPLE = {"sequences": "sft", "pairs": "dpo", "prompts": "grpo"}
+_FOR_EXAMPLE = {"sequences": "sft", "tokens": "pretrain", "pairs": "dpo", "prompts": "grpo"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,11 @@ class Rendering:
         Args:
             sample: a sample of the source.
         """
+        trees = self.renderer.render(sample)
+        if self.consumes == "tokens":
+            trees = [replace(tree, weights=tuple(np.ones_like(weight) for weight in tree.weights)) for tree in trees]
         return fit_sample(
-            self.renderer.render(sample), self.source.max_tokens, self.source.overlong_for(sample.kind),
+            trees, self.source.max_tokens, self.source.overlong_for(sample.kind),
             where=sample.where, trains=self.consumes not in ("prompts", "any"),
         )  # fmt: skip
 

@@ -35,7 +35,7 @@ class Objective:
     as well; `loss` is then what evaluation reports.
     """
 
-    consumes: ClassVar[str] = "sequences"  # or "pairs", "prompts", ...: what the data must be rendered as
+    consumes: ClassVar[str] = "sequences"  # or "tokens", "pairs", "prompts": what the data must be rendered as
 
     def setup(self, run: Any) -> None:
         """Prepare once before the first step, e.g. add players or cache a reference model's values.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -63,21 +63,14 @@ class Pretrain(Objective):
     """Language modelling: the negative log-likelihood of every token that has a predecessor, prompts included.
 
     loss = sum_t [-log p_t(token_t) + z_loss (log Z_t)^2], with Z_t the normaliser of the softmax that predicts token t.
-    Weights in the data are passed over. The unit is the token.
+    It consumes "tokens": data is rendered with a weight of 1 everywhere. The unit is the token.
 
     Args:
         z_loss: coefficient of (log Z)^2, which keeps logits from drifting; the paper uses 1e-4.
     """
 
+    consumes: ClassVar[str] = "tokens"
     z_loss: Annotated[float, Field(ge=0)] = 0.0
-
-    def count(self, batch: Packed) -> float:
-        """Return the number of tokens that have a predecessor.
-
-        Args:
-            batch: B trees as a packed forest of T tokens.
-        """
-        return float((batch.previous >= 0).sum())
 
     def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss over predicted tokens, and how many of them are likeliest as "accuracy".
@@ -86,8 +79,7 @@ class Pretrain(Objective):
             model: the language model that trains.
             batch: B trees as a packed forest of T tokens.
         """
-        everything = (batch.previous >= 0).to(batch.weights.dtype)
-        return next_token_loss(model, batch, trained(batch, everything), CrossEntropy(z_loss=self.z_loss))
+        return next_token_loss(model, batch, trained(batch), CrossEntropy(z_loss=self.z_loss))
 
 
 def next_token_loss(
