@@ -6,6 +6,7 @@ Heavy imports live inside the commands, so that `hone --help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,10 +35,8 @@ def main() -> None:
 def _finish(result: dict[str, Any], as_json: bool) -> None:
     from hone.engine.summary import summary
 
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print("\n".join(summary(result)))
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one speaks
+        print(json.dumps(result) if as_json else "\n".join(summary(result)))
     raise SystemExit(0 if result["status"] == "finished" else 130)
 
 

@@ -368,9 +368,37 @@ def _combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Prob
     whole, micro = raw.get("batch_tokens", 4096), raw.get("micro_tokens")
     if isinstance(micro, int) and isinstance(whole, int) and micro > whole:
         found.append(problem("micro_tokens", f"expected at most batch_tokens ({whole}), got {micro}"))
+    found += [problem(f"callbacks.{index}", text) for index, text in _conflicts(raw)]
+    if unknown := _unknown_trackers(raw.get("trackers")):
+        found.append(problem("trackers", *unknown))
+    if isinstance(raw.get("data"), dict) and raw["data"].get("streaming") is True and epochs is not None:
+        found.append(problem("epochs", "a stream has no known length", "give 'steps'"))
     if raw.get("final") == "best" and raw.get("eval_every") is None:
         found.append(problem("final", "'best' needs evaluations during the run", "set eval_every"))
     return found
+
+
+def _conflicts(raw: dict[str, Any]) -> list[tuple[int, str]]:
+    """Return what callbacks cannot work with in a recipe, each with the callback's index; wrong callbacks have none."""
+    callbacks = raw.get("callbacks")
+    found = []
+    for index, spec in enumerate(callbacks if isinstance(callbacks, list) else []):
+        if not opt.check_part("callback", spec, "", opt.Places()):
+            found += [(index, text) for text in opt.build_part("callback", spec).conflicts(raw)]
+    return found
+
+
+def _unknown_trackers(names: Any) -> tuple[str, str] | None:
+    """Return the message and hint for the first name that is no tracker of Accelerate's, or None."""
+    if not isinstance(names, list) or not names:
+        return None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+    wrong = next((name for name in names if name not in known), None)
+    if wrong is None:
+        return None
+    return f"there is no tracker called '{wrong}'", nearest(str(wrong), known) or f"known: {', '.join(known)}"
 
 
 def dump(recipe: Recipe) -> str:

@@ -82,7 +82,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def back_to(run: Path, step: int) -> None:
-    """Make a finished run look as if it had been killed after the checkpoint of a step, or after its last one."""
+    """Make a finished run look as if it had been killed soon after the checkpoint of a step."""
+    assert (run / "checkpoints" / f"step-{step:08d}").is_dir()
     shutil.rmtree(run / "model")
     (run / "result.json").unlink()
     for path in (run / "checkpoints").iterdir():

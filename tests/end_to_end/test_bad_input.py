@@ -262,7 +262,7 @@ def test_a_run_does_not_go_on_with_other_data(run: Run, qa_file: Path, tmp_path:
     data = tmp_path / "train.jsonl"
     shutil.copy(qa_file, data)
     assert run(data=str(data), checkpoint_every=5).status == 0
-    back_to(tmp_path / "run", 5)
+    back_to(tmp_path / "run", 10)
     data.write_text(data.read_text() + json.dumps({"question": QUESTION, "answer": ANSWER}) + "\n")
     assert_refused(hone("resume", tmp_path / "run"), "the train data has changed since this run began")
     shutil.copy(qa_file, data)

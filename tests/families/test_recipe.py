@@ -40,6 +40,11 @@ def test_a_good_recipe_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
     assert Recipe.load(write(tmp_path, dump(recipe))) == recipe
 
 
+def test_what_was_switched_off_and_odd_names_survive_a_round_trip(tmp_path: Path) -> None:
+    recipe = Recipe.of(data="chains", steps=1, clip=None, metrics=[], name="1e-4")
+    assert Recipe.load(write(tmp_path, dump(recipe))) == recipe
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -51,10 +56,12 @@ def test_a_good_recipe_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
         (("name: adamw", "name: adamv"), "4: optimizer: there is no optimizer called 'adamv' (did you mean 'adamw'?)"),
         (("data: chains", "data: chain"), "2: data: there is no data called 'chain' (did you mean 'chains'?)"),
         (("steps: 10", "steps: 10\nepochs: 2"), "8: epochs: is given together with 'steps'; give one of them"),
-        (("steps: 10", "steps: 10\nmicro_tokens: 9999"), "8: micro_tokens: expected at most batch_tokens (4096), got 9999"),
+        (("steps: 10", "steps: 10\nmicro_tokens: 9999"),
+         "8: micro_tokens: expected at most batch_tokens (4096), got 9999"),
         (("steps: 10", "steps: 10\nsteps: 11"), "8: steps: is given twice"),
         (("steps: 10", "steps: 10\nfinal: best"), "8: final: 'best' needs evaluations during the run (set eval_every)"),
-        (("steps: 10", "steps: 10\nprecision: fp32"), "8: precision: expected 'auto', 'float32', 'bf16' or 'float64', got 'fp32'"),
+        (("steps: 10", "steps: 10\nprecision: fp32"),
+         "8: precision: expected 'auto', 'float32', 'bf16' or 'float64', got 'fp32'"),
     ],
 )  # fmt: skip
 def test_one_mistake_one_message(tmp_path: Path, change: tuple[str, str], expected: str) -> None:
@@ -88,16 +95,24 @@ def test_broken_yaml_names_its_line(tmp_path: Path) -> None:
 def test_missing_recipe_files_and_names() -> None:
     with pytest.raises(RecipeError, match=r"there is no recipe called 'quickstat' \(did you mean 'quickstart'\?\)"):
         Recipe.load("quickstat")
-    with pytest.raises(RecipeError, match="there is no recipe file 'nothing.yaml'"):
+    with pytest.raises(RecipeError, match=r"there is no recipe file 'nothing\.yaml'"):
         Recipe.load("nothing.yaml")
 
 
 def test_overrides_reach_into_parts(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    recipe = Recipe.load(path, ["adapter.rank=8", "optimizer.lr=2e-3", "schedule.warmup=0.1", "objective.label_smoothing=0.1"])
+    settings = ["adapter.rank=8", "optimizer.lr=2e-3", "schedule.warmup=0.1", "objective.label_smoothing=0.1"]
+    recipe = Recipe.load(path, settings)
     assert recipe.build("adapter").rank == 8 and recipe.build("optimizer").lr == 2e-3
     assert recipe.build("schedule").warmup == 0.1 and recipe.build("objective").label_smoothing == 0.1
     assert Recipe.load(path, ["adapter=full"]).adapter == "full"
+
+
+@pytest.mark.parametrize("place", ["callbacks.1", "callbacks.first", "callbacks.1.decay"])
+def test_an_override_of_a_list_item_that_is_not_there(tmp_path: Path, place: str) -> None:
+    assert problems(tmp_path, GOOD + "callbacks: [average]\n", f"{place}=0.5")[0].startswith(f"--set: {place}: ")
+    recipe = Recipe.load(write(tmp_path, GOOD + "callbacks: [{name: average}]\n"), ["callbacks.0.decay=0.5"])
+    assert recipe.callbacks == [{"name": "average", "decay": 0.5}]
 
 
 def test_yaml_1_2_scalars(tmp_path: Path) -> None:
@@ -112,7 +127,8 @@ def test_stages_override_the_top_level(tmp_path: Path) -> None:
     assert (second.name, second.steps, second.epochs, second.adapter) == ("stage-2", None, 1, "full")
     wrong = problems(tmp_path, text.replace("adapter: full", "adapter: ful"))
     assert wrong == ["9: stages.1.adapter: there is no adapter called 'ful' (did you mean 'full'?)"]
-    assert any("stages.0" in line and "steps" in line for line in problems(tmp_path, text.replace("steps: 5", "clip: 1.0")))
+    endless = problems(tmp_path, text.replace("steps: 5", "clip: 1.0"))
+    assert any("stages.0" in line and "steps" in line for line in endless)
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from hone.callbacks.base import Callback
 from hone.engine.sharding import copy_into
-from hone.errors import HoneError
 from hone.parts import part
 
 if TYPE_CHECKING:
@@ -65,14 +65,17 @@ class Average(Callback):
     updates: int = field(init=False, default=0)
     mean: dict[str, Tensor] = field(init=False, default_factory=dict, repr=False)
 
-    def on_start(self, run: Run) -> None:
-        """Begin with the initial weights, or put a resumed average where the weights are.
+    def conflicts(self, recipe: Mapping[str, Any]) -> Iterator[str]:
+        """Yield that the recipe keeps the best evaluated weights, which the average would replace.
 
-        Raises:
-            HoneError: the recipe keeps the best evaluated weights, which the average would replace.
+        Args:
+            recipe: the recipe's fields.
         """
-        if run.recipe.final == "best":
-            raise HoneError("callback 'average' and 'final: best' both replace the final weights: set final: last")
+        if recipe.get("final") == "best":
+            yield "'average' and 'final: best' both replace the final weights: set final: last"
+
+    def on_start(self, run: Run) -> None:
+        """Begin with the initial weights, or put a resumed average where the weights are."""
         for name, weight in run.trainable:
             begun = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
             if name in self.mean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,14 @@ class Callback:
 
     Every hook does nothing unless a subclass says otherwise. A checkpoint restores the state before `on_start`.
     """
+
+    def conflicts(self, recipe: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what in a recipe this callback cannot work with, before anything is loaded; here nothing.
+
+        Args:
+            recipe: the recipe's fields, those at their defaults possibly left out.
+        """
+        yield from ()
 
     def on_start(self, run: Run) -> None:
         """Act before the first step of this process, after the evaluation that precedes it.

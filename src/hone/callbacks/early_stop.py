@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,14 +37,14 @@ class EarlyStop(Callback):
     best: float | None = field(init=False, default=None)
     waited: int = field(init=False, default=0)
 
-    def on_start(self, run: Run) -> None:
-        """Refuse a run that is not evaluated on its way.
+    def conflicts(self, recipe: Mapping[str, Any]) -> Iterator[str]:
+        """Yield that a run is not evaluated on its way.
 
-        Raises:
-            HoneError: the recipe sets no `eval_every`.
+        Args:
+            recipe: the recipe's fields.
         """
-        if run.recipe.eval_every is None:
-            raise HoneError("callback 'early_stop' watches evaluations, and the recipe makes none: set eval_every")
+        if recipe.get("eval_every") is None:
+            yield "'early_stop' watches evaluations, and the recipe makes none on its way: set eval_every"
 
     def on_eval(self, run: Run, row: dict[str, Any]) -> None:
         """Compare the figure with the best so far, and stop when patience runs out.

@@ -10,7 +10,6 @@ import torch
 
 from hone.adapters.base import CONFIG_FILE
 from hone.data.open import Opened, open_data
-from hone.data.sample import Sample
 from hone.data.source import Source, Split
 from hone.engine import evaluate, sharding
 from hone.engine.checkpoint import staged
@@ -50,19 +49,11 @@ class Bench:
 
     def evaluate(self, display: Display) -> evaluate.Evaluation:
         """Return the loss on held-out data and the scores of generated answers."""
-        run, recipe = self.run, self.run.recipe
-        limit = recipe.micro_tokens or recipe.batch_tokens
-        samples: list[Sample] = self.eval_data.first(recipe.eval_samples) if recipe.metrics else []
+        run = self.run
+        judges = evaluate.Judges(self.eval_source, self.eval_data, self.metrics, self.sampler)
+        display.update(run.step, "evaluating on held-out data")
         with sharding.gathered(run.model):
-            loss = evaluate.mean_loss(run.model, run.objective, self.eval_data.trees, limit, run.cluster)
-            if samples:
-                display.update(run.step, f"answering {len(samples)} held-out problems")
-            with run.cluster.autocast():
-                found = evaluate.answer(
-                    run.model, self.eval_source, samples, self.metrics, sampler=self.sampler,
-                    max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
-                )  # fmt: skip
-        found.loss = loss
+            found = evaluate.judge(run.model, run.objective, judges, run.recipe, run.cluster)
         found.scores = run.cluster.from_main(found.scores)  # every process must find the same step the best
         return found
 

@@ -15,7 +15,9 @@ from hone.text.generate import generate
 from hone.text.pack import Tree
 
 if TYPE_CHECKING:
+    from hone.data.open import Opened
     from hone.engine.devices import Cluster
+    from hone.recipe import Recipe
     from hone.text.model import LanguageModel
 
 
@@ -36,6 +38,45 @@ class Evaluation:
     def row(self) -> dict[str, Any]:
         """Return the numbers alone."""
         return {"loss": self.loss, **self.scores} if self.loss is not None else dict(self.scores)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What a model is evaluated on and by.
+
+    Args:
+        source: the evaluation data, which knows how to grade.
+        data: its rendered form.
+        metrics: judges of generated answers.
+        sampler: picks tokens.
+    """
+
+    source: Any
+    data: Opened
+    metrics: Sequence[Any]
+    sampler: Any
+
+
+def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, cluster: Cluster) -> Evaluation:
+    """Return the objective's mean loss on held-out data, and the scores of generated answers.
+
+    Args:
+        model: the language model.
+        objective: gives the loss.
+        judges: what to evaluate on and by.
+        recipe: says how many samples are answered, and how long answers may be.
+        cluster: the processes and the device.
+    """
+    limit = recipe.micro_tokens or recipe.batch_tokens
+    loss = mean_loss(model, objective, judges.data.trees, limit, cluster)
+    samples = judges.data.first(recipe.eval_samples) if judges.metrics else []
+    with cluster.autocast():
+        found = answer(
+            model, judges.source, samples, judges.metrics, sampler=judges.sampler,
+            max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
+        )  # fmt: skip
+    found.loss = loss
+    return found
 
 
 @torch.no_grad()

@@ -43,9 +43,7 @@ def clip(parameters: Sequence[nn.Parameter], most: float | None, step: int, wher
     total = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
     norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
     if not math.isfinite(norm):
-        bad = next((i for i, g in enumerate(gradients) if not bool(torch.isfinite(g).all())), 0)
-        what = f"the gradient norm is {norm} (first in tensor {bad} of {len(gradients)})"
-        raise NumericError(_message(what, step, where))
+        raise NumericError(_message(f"the gradient norm is {norm}", step, where))
     if most is not None and norm > most:
         torch._foreach_mul_(gradients, most / (norm + 1e-6))
     return norm

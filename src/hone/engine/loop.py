@@ -16,7 +16,6 @@ from hone.errors import HoneError, NumericError
 from hone.text.pack import Packed, Tree, divide, pack
 
 if TYPE_CHECKING:
-    from hone.engine.checkpoint import Checkpoints
     from hone.engine.folder import RunFolder
     from hone.recipe import Recipe
 
@@ -188,14 +187,13 @@ def divide_among(trees: Sequence[Tree], limit: int, cluster: Cluster) -> list[Sh
 class Trainer:
     """Runs optimizer steps of a `Run`."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints | None = None) -> None:
+    def __init__(self, run: Run) -> None:
         """Prepare to train.
 
         Args:
             run: the run in progress.
-            checkpoints: where the last good state goes when a step is not finite; None keeps it nowhere.
         """
-        self.run, self.checkpoints = run, checkpoints
+        self.run = run
         self.limit = run.recipe.micro_tokens or run.recipe.batch_tokens
 
     def train_step(self, trees: Sequence[Tree]) -> dict[str, Any]:

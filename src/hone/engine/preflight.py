@@ -17,6 +17,7 @@ from hone.engine.checkpoint import Checkpoints, read_state
 from hone.engine.devices import Cluster
 from hone.engine.loop import Trainer
 from hone.engine.progress import Display, clock, console, listen
+from hone.errors import HoneError
 from hone.recipe import Recipe
 from hone.text.pack import Tree
 
@@ -78,10 +79,15 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
     Args:
         recipe: a checked recipe; of a staged one, the first stage is rehearsed.
         display: shows three samples, what is trained in colour.
+
+    Raises:
+        HoneError: a launcher started several processes.
     """
     listen()
     recipe = recipe.staged()[0]
     cluster = Cluster(recipe.device, recipe.precision, recipe.sharding)
+    if cluster.world > 1:
+        raise HoneError("hone check rehearses in one process: run it without a launcher")
     bench = assemble(recipe, cluster, display)
     shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)]
     for number, pieces in enumerate(shown, 1):

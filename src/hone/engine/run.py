@@ -15,6 +15,7 @@ from hone.engine.manifest import manifest
 from hone.engine.progress import Display, listen, log
 from hone.engine.stage import Stage
 from hone.errors import CheckpointError, HoneError
+from hone.evidence.report import write_report
 from hone.recipe import Recipe, dump
 
 
@@ -69,8 +70,6 @@ def resume(path: str | Path, display: Display | None = None) -> dict[str, Any]:
 
 
 def _go(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -> dict[str, Any]:
-    from hone.evidence.report import write_report
-
     listen()
     if not cluster.main:
         display = Display(False)
@@ -172,7 +171,8 @@ def _combine(results: list[dict[str, Any]], folder: RunFolder, count: int, clust
     last = results[-1]
     finished = len(results) == count and last["status"] == "finished"
     combined = {
-        **last, "run": str(folder.path), "status": "finished" if finished else "interrupted",
+        **last, "run": str(folder.path), "report": str(folder.path / "report.html"),
+        "status": "finished" if finished else "interrupted",
         "before": results[0]["before"], "steps": sum(r["steps"] for r in results),
         "tokens": sum(r["tokens"] for r in results), "seconds": round(sum(r["seconds"] for r in results), 2),
         "stages": results,
@@ -182,8 +182,11 @@ def _combine(results: list[dict[str, Any]], folder: RunFolder, count: int, clust
             with staged(folder.path / "model") as staging:
                 shutil.copytree(folder.path / f"stage-{count}" / "model", staging, dirs_exist_ok=True)
         combined["model"] = str(folder.path / "model")
+    combined["training_seconds"] = round(sum(r["training_seconds"] for r in results), 2)
+    combined["peak_memory"] = max(r["peak_memory"] for r in results)
     if cluster.main:
         folder.write("result.json", combined)
+        write_report(folder.path)
     return combined
 
 

@@ -23,6 +23,10 @@ from hone.samplers.text import Sample as Sampling
 from hone.text.generate import generate
 from hone.text.model import LanguageModel
 
+EVALUATED = (
+    "data", "eval_data", "eval_samples", "max_new_tokens", "sampler", "metrics", "batch_tokens", "micro_tokens",
+    "device", "precision", "seed",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,8 +89,13 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
         path: a run folder.
         overrides: settings such as "eval_data=FILE" or "eval_samples=500".
         display: shows progress.
+
+    Raises:
+        HoneError: an override that evaluation does not look at, or a run that is not finished.
     """
     listen()
+    if wrong := [text for text in overrides if text.partition("=")[0].partition(".")[0] not in EVALUATED]:
+        raise HoneError(f"--set {wrong[0]}: an evaluation looks at {', '.join(EVALUATED)} only")
     folder = RunFolder.open(path)
     require_finished(folder)
     recipe = Recipe.load(folder.path / "recipe.yaml", overrides).staged()[-1]
@@ -99,13 +108,8 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
         source, model.renderer, consumes=objective.consumes, split=split, context=model.context, progress=display.update
     )
     display.stop()
-    loss = evaluate.mean_loss(model, objective, opened.trees, recipe.micro_tokens or recipe.batch_tokens, cluster)
-    found = evaluate.answer(
-        model, source, opened.first(recipe.eval_samples), recipe.build("metrics"), sampler=recipe.build("sampler"),
-        max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
-    )  # fmt: skip
-    found.loss = loss
-    return found.row()
+    judges = evaluate.Judges(source, opened, recipe.build("metrics"), recipe.build("sampler"))
+    return evaluate.judge(model, objective, judges, recipe, cluster).row()
 
 
 @torch.no_grad()

@@ -40,10 +40,9 @@ def write_report(path: Path) -> Path:
 
 def contents(folder: RunFolder) -> dict[str, Any]:
     """Return what the page shows: headline tiles, charts, samples, data and environment."""
-    rows = list(folder.rows("metrics.jsonl"))
-    evaluations = list(folder.rows("evaluations.jsonl"))
-    result, manifest = folder.json("result.json"), folder.json("manifest.json")
-    answers = list(folder.rows("samples.jsonl"))
+    stages = [RunFolder(path) for path in sorted(folder.path.glob("stage-*"))] or [folder]
+    rows, evaluations, answers = _logs(stages)
+    result, manifest = folder.json("result.json"), stages[0].json("manifest.json")
     return {
         "name": folder.path.name,
         "status": result.get("status", "running"),
@@ -56,6 +55,17 @@ def contents(folder: RunFolder) -> dict[str, Any]:
         "facts": _facts(manifest),
         "run": str(folder.path),
     }
+
+
+def _logs(stages: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of metrics, evaluations and samples of all stages, their steps counted on from stage to stage."""
+    found: tuple[list[dict[str, Any]], ...] = ([], [], [])
+    before = 0
+    for stage in stages:
+        for rows, name in zip(found, ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"), strict=True):
+            rows.extend({**row, "step": row["step"] + before} for row in stage.rows(name))
+        before = found[0][-1]["step"] if found[0] else 0
+    return found[0], found[1], found[2]
 
 
 def _tiles(result: dict[str, Any], manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
