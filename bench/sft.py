@@ -1,6 +1,6 @@
 """Supervised fine-tuning against TRL: tokens per second and peak memory, packed rows of 512, alternating.
 
-    python bench/sft.py [--rounds 3] [--steps 8] [--adapter full|lora] [--out FILE]
+    python bench/sft.py [--rounds 3] [--steps 10] [--adapter full|lora] [--out FILE]
 
 Model: a 6-layer Llama, width 384, vocabulary 8192, 16.9M parameters, float32. Data: the same synthetic documents for
 all sides, in steps of about 4,096 tokens. Sides: `trl` (SFTTrainer, packing), `hone` (each step
@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", choices=["trl", "hone", "gemm"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--adapter", choices=["full", "lora"], default="full")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
