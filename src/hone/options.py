@@ -212,6 +212,11 @@ def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
     return problems
 
 
+def part_class(kind: str, spec: Any) -> Any:
+    """Return the class of a part that a checked specification names."""
+    return parts.load(kind, split_spec(kind, spec)[0])
+
+
 def build_part(kind: str, spec: Any) -> Any:
     """Build a part from a checked specification; nested parts are built first."""
     name, options = split_spec(kind, spec)

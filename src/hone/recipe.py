@@ -371,6 +371,9 @@ def _combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Prob
     found += [problem(f"callbacks.{index}", text) for index, text in _conflicts(raw)]
     if unknown := _unknown_trackers(raw.get("trackers")):
         found.append(problem("trackers", *unknown))
+    if _lacks_base(raw):
+        hint = "use adapter: full, or a pretrained model"
+        found.append(problem("adapter", "is saved beside its base, and a fresh model has none", hint))
     if isinstance(raw.get("data"), dict) and raw["data"].get("streaming") is True and epochs is not None:
         found.append(problem("epochs", "a stream has no known length", "give 'steps'"))
     if raw.get("final") == "best" and raw.get("eval_every") is None:
@@ -386,6 +389,14 @@ def _conflicts(raw: dict[str, Any]) -> list[tuple[int, str]]:
         if not opt.check_part("callback", spec, "", opt.Places()):
             found += [(index, text) for text in opt.build_part("callback", spec).conflicts(raw)]
     return found
+
+
+def _lacks_base(raw: dict[str, Any]) -> bool:
+    """Return whether an adapter would be saved that nothing could load; parts that are wrong do not count."""
+    model, adapter = raw.get("model", "base"), raw.get("adapter", "full")
+    if opt.check_part("model", model, "", opt.Places()) or opt.check_part("adapter", adapter, "", opt.Places()):
+        return False
+    return opt.part_class("model", model).from_nothing and not opt.part_class("adapter", adapter).saves_base
 
 
 def _unknown_trackers(names: Any) -> tuple[str, str] | None:

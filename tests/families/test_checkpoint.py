@@ -110,7 +110,7 @@ def test_a_kill_while_writing_leaves_the_last_good_one(tmp_path: Path) -> None:
                 return function(*args, **kwargs)
             return wrapped
         checkpoint.save_file = deadly(checkpoint.save_file)
-        checkpoint._sync = deadly(checkpoint._sync)
+        checkpoint.sync = deadly(checkpoint.sync)
         checkpoint._sum = deadly(checkpoint._sum)
         Path.rename = deadly(Path.rename)
         kept.save(2, {"w": torch.full((4,), 2.0)})

@@ -135,3 +135,21 @@ def test_stages_override_the_top_level(tmp_path: Path) -> None:
 def test_every_shipped_recipe_is_right(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.about["text"] and recipe.name == name
+
+
+def test_an_adapter_needs_a_base(tmp_path: Path) -> None:
+    fresh = GOOD.replace("model: base", "model: {name: fresh, config: {model_type: llama}}")
+    assert problems(tmp_path, fresh) == [
+        "3: adapter: is saved beside its base, and a fresh model has none (use adapter: full, or a pretrained model)"
+    ]
+    assert Recipe.load(write(tmp_path, fresh), ["adapter=full"]).adapter == "full"
+
+
+def test_callbacks_and_trackers_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    found = problems(tmp_path, GOOD + "callbacks: [early_stop, average]\nfinal: best\ntrackers: [tensorbord]\n")
+    assert (
+        "8: callbacks.0: 'early_stop' watches evaluations, and the recipe makes none on its way: set eval_every"
+        in found
+    )
+    assert "8: callbacks.1: 'average' and 'final: best' both replace the final weights: set final: last" in found
+    assert "10: trackers: there is no tracker called 'tensorbord' (did you mean 'tensorboard'?)" in found

@@ -11,7 +11,6 @@ key take turns by a lock that the operating system releases when its holder dies
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -19,7 +18,6 @@ import json
 import logging
 import operator
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,6 +30,7 @@ from safetensors.numpy import save
 from hone.data.overlong import Counts
 from hone.data.sample import Sample
 from hone.errors import HoneError
+from hone.files import reason, write_whole
 from hone.text.pack import Tree
 
 FORMAT = 1
@@ -340,7 +339,7 @@ def _locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("w")
     except OSError as error:
-        raise _disk_error(error, folder, 0) from error
+        raise _disk_error(error, folder) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -348,39 +347,20 @@ def _locked(folder: Path) -> Iterator[None]:
             log.warning("%s: waiting for another process that is building this token cache", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            raise _disk_error(error, folder, 0) from error
+            raise _disk_error(error, folder) from error
         yield
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file in one piece: to a temporary name, fsynced, renamed, the folder fsynced."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        write_whole(path, data)
     except OSError as error:
-        raise _disk_error(error, path.parent, len(data)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _disk_error(error, path.parent) from error
 
 
-def _disk_error(error: OSError, folder: Path, needed: int) -> HoneError:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(existing).free / 2**20
-        why = f"the disk is full: the next {needed / 2**20:,.1f} MiB do not fit into the {free:,.1f} MiB left"
-    else:
-        why = f"the disk refused: {error}"
+def _disk_error(error: OSError, folder: Path) -> HoneError:
     return HoneError(
-        f"{folder}: the token cache could not be written: {why}. What was finished is kept and used next time. "
-        "Free some space, put the cache elsewhere with the environment variable HONE_CACHE=FOLDER, or render in "
-        "memory with cache: false under data"
+        f"{folder}: the token cache could not be written: {reason(error, folder)}. What was finished is kept and used "
+        "next time. Free some space, put the cache elsewhere with the environment variable HONE_CACHE=FOLDER, or "
+        "render in memory with cache: false under data"
     )

@@ -6,10 +6,8 @@ renamed into place. Reading verifies the sums first. Nothing is pickled or unpic
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hone.errors import CheckpointError, HoneError
+from hone.files import reason, sync
 
 SUMS = "checksums.json"
 
@@ -95,7 +94,7 @@ def staged(target: Path) -> Iterator[Path]:
         sums = {p.relative_to(staging).as_posix(): _sum(p) for p in sorted(staging.rglob("*")) if p.is_file()}
         (staging / SUMS).write_text(json.dumps(sums, indent=1))
         for path in [*(p for p in staging.rglob("*")), staging]:
-            _sync(path)
+            sync(path)
         if target.exists():  # rename cannot replace a full folder: move the old one aside first
             old = target.with_name(f".{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -104,7 +103,7 @@ def staged(target: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             staging.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:  # a full disk under safetensors raises its own class
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) or "os error" in str(error):
@@ -117,28 +116,10 @@ def staged(target: Path) -> Iterator[Path]:
 
 def disk_error(error: Exception, target: Path) -> HoneError:
     """Return the message for a failed write: why, where, and that what was saved before is intact."""
-    number = getattr(error, "errno", None)
-    full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    why = "the disk is full" if full else f"the disk refused: {error}"
-    free = shutil.disk_usage(_existing(target)).free / 2**20
     return CheckpointError(
-        f"{target}: could not be written: {why} ({free:.0f} MiB free). What was saved before is untouched. "
+        f"{target}: could not be written: {reason(error, target)}. What was saved before is untouched. "
         "Free some space, then go on with: hone resume RUN"
     )
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sum(path: Path) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hone.engine.checkpoint import disk_error
 from hone.errors import HoneError, nearest
+from hone.files import write_whole
 
 JUDGED = ("evaluations.jsonl", "samples.jsonl")  # the logs of evaluations
 
@@ -66,13 +66,8 @@ class RunFolder:
         """Write a small file atomically: to a temporary name, fsynced, renamed."""
         path = self.path / name
         text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_whole(path, text.encode())
         except OSError as error:
             raise disk_error(error, path) from error
         return path

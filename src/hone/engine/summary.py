@@ -19,7 +19,7 @@ def summary(result: dict[str, Any]) -> list[str]:
     """
     path = result["run"]
     lines = [
-        f"{result['steps']} steps, {result['tokens']:,} tokens in {clock(result['seconds'])}, "
+        f"{result['steps']} steps, {result['tokens']:,} tokens, {clock(result['training_seconds'])} of training, "
         f"peak memory {result['peak_memory'] / 2**20:,.0f} MiB"
     ]
     if result["status"] == "interrupted":

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ class Pretrained:
         template: chat template: "chatml", a path of a .jinja file, or None for the tokenizer's own.
     """
 
+    from_nothing: ClassVar[bool] = False
     path: str
     template: str | None = None
 
@@ -69,6 +70,7 @@ class Fresh:
         template: chat template, as in `pretrained`.
     """
 
+    from_nothing: ClassVar[bool] = True  # no base that a saved adapter could name
     config: dict[str, Any]
     tokenizer: str | None = None
     vocabulary: Annotated[int, Field(ge=300)] = 2048
