@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"step-00000002.*the disk is full .*untouched"):
+    with pytest.raises(CheckpointError, match=r"step-00000002.*the disk is full: .*untouched"):
         kept.save(2, {"w": torch.ones(4)})
     assert kept.steps() == [1] and not list(tmp_path.glob(".*"))
     assert kept.last_good()[0] == 1
