@@ -103,11 +103,14 @@ def _charts(rows: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]
         held = [(e["step"], e["loss"]) for e in evaluations if e.get("loss") is not None]
         if held:
             traces.append(_points([h[0] for h in held], [h[1] for h in held], "held-out", ORANGE))
-        charts.append(_chart("loss", "Loss per trained token", traces))
+        shown = [value for value in losses if value is not None and math.isfinite(value)]
+        wide = bool(shown) and 0 < 20 * min(shown) < max(shown)  # else the end of the curve lies flat on the axis
+        charts.append(_chart("loss", "Loss per trained token", traces, axis={"type": "log"} if wide else {}))
     for name in sorted({key for e in evaluations for key in e} - {"step", "loss"}):
         kept = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
         traces = [_points([k[0] for k in kept], [k[1] for k in kept], f"held-out {name}", ORANGE)]
-        charts.append(_chart(name, f"Held-out {name} of generated answers", traces, percent=True))
+        percent = {"tickformat": ".0%", "range": [-0.02, 1.02]}
+        charts.append(_chart(name, f"Held-out {name} of generated answers", traces, axis=percent))
     if rows:
         for key, title in (("lr", "Learning rate"), ("grad_norm", "Gradient norm before clipping")):
             values = [row.get(key) for row in rows]
@@ -148,10 +151,9 @@ def _points(x: Sequence[int], y: Sequence[Any], name: str, colour: str) -> dict[
             "line": {"width": 2, "color": colour}, "marker": {"size": 8, "color": colour}}  # fmt: skip
 
 
-def _chart(name: str, title: str, traces: list[dict[str, Any]], percent: bool = False) -> dict[str, Any]:
-    axis = {"tickformat": ".0%", "range": [-0.02, 1.02]} if percent else {}
+def _chart(name: str, title: str, traces: list[dict[str, Any]], axis: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"id": f"chart-{name}", "title": title, "wide": name == "loss", "data": _script(traces),
-            "yaxis": _script(axis)}  # fmt: skip
+            "yaxis": _script(axis or {})}  # fmt: skip
 
 
 def _script(value: Any) -> str:
