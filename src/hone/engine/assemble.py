@@ -28,10 +28,8 @@ class Bench:
     Args:
         run: what trains.
         adapter: how weights are parameterised.
-        source: the training data.
-        data: its rendered form.
-        eval_source: the evaluation data.
-        eval_data: its rendered form and its samples.
+        data: the training data.
+        eval_data: the evaluation data.
         metrics: judges of generated answers.
         sampler: picks tokens in evaluation.
         base: path of the starting model, for saved adapters.
@@ -39,9 +37,7 @@ class Bench:
 
     run: Run
     adapter: Any
-    source: Any
     data: Opened
-    eval_source: Any
     eval_data: Opened
     metrics: list[Any]
     sampler: Any
@@ -50,7 +46,7 @@ class Bench:
     def evaluate(self, display: Display) -> evaluate.Evaluation:
         """Return the loss on held-out data and the scores of generated answers."""
         run = self.run
-        judges = evaluate.Judges(self.eval_source, self.eval_data, self.metrics, self.sampler)
+        judges = evaluate.Judges(self.eval_data, self.metrics, self.sampler)
         display.update(run.step, "evaluating on held-out data")
         with sharding.gathered(run.model):
             found = evaluate.judge(run.model, run.objective, judges, run.recipe, run.cluster)
@@ -115,7 +111,7 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     local = shipped_base() if base == "base" else Path(base).expanduser()
     base = str(local.resolve()) if base and local.is_dir() else base  # a saved adapter is loaded from any folder
     metrics, sampler = recipe.build("metrics"), recipe.build("sampler")
-    return Bench(run, adapter, source, data, eval_source, eval_data, metrics, sampler, base)
+    return Bench(run, adapter, data, eval_data, metrics, sampler, base)
 
 
 def evaluation_data(recipe: Recipe, source: Source | None = None) -> tuple[Source, Split]:

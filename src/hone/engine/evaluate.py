@@ -45,13 +45,11 @@ class Judges:
     """What a model is evaluated on and by.
 
     Args:
-        source: the evaluation data, which knows how to grade.
-        data: its rendered form.
+        data: the evaluation data; its source knows how to grade.
         metrics: judges of generated answers.
         sampler: picks tokens.
     """
 
-    source: Any
     data: Opened
     metrics: Sequence[Any]
     sampler: Any
@@ -72,7 +70,7 @@ def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, 
     samples = judges.data.first(recipe.eval_samples) if judges.metrics else []
     with cluster.autocast():
         found = answer(
-            model, judges.source, samples, judges.metrics, sampler=judges.sampler,
+            model, judges.data.rendering.source, samples, judges.metrics, sampler=judges.sampler,
             max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
         )  # fmt: skip
     found.loss = loss
