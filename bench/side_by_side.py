@@ -6,7 +6,6 @@ Alternating (A B A B ...) keeps the comparison fair when the machine's speed dri
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -42,13 +41,9 @@ def alternate(script: Path, sides: Sequence[str], rounds: int, arguments: Sequen
 
 
 def machine() -> str:
-    """Return the machine in words: processor, cores, torch."""
+    """Return the machine in words: processor, cores, GPUs, threads, torch."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":")[1].strip() if lines else name
-    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}{gpu}"
+    from hone.engine import manifest
+
+    return f"{manifest.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

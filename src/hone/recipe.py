@@ -21,9 +21,10 @@ from hone.errors import Problem, RecipeError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
 PART_FIELDS = {
-    "model": "model", "data": "data", "eval_data": "data", "adapter": "adapter", "objective": "objective",
-    "optimizer": "optimizer", "schedule": "schedule", "sampler": "sampler",
+    "model": "model", "data": "data", "eval_data": "data", "general_data": "data", "adapter": "adapter",
+    "objective": "objective", "optimizer": "optimizer", "schedule": "schedule", "sampler": "sampler",
 }  # fmt: skip
+DATA_FIELDS = ("data", "eval_data", "general_data")  # those that may be left open
 LIST_FIELDS = {"callbacks": "callback", "metrics": "metric"}
 WHOLE_RUN = ("about", "device", "precision", "sharding", "out", "stages")  # what no stage may override
 _WHY = {"model": "each stage starts from the result of the one before"}
@@ -39,6 +40,7 @@ class Recipe:
         model: "base" (the shipped model), a folder or Hub name, or a model part.
         data: a built-in, a path, a glob, a Hub name, or a data part.
         eval_data: what to evaluate on; None holds out a part of `data`.
+        general_data: text apart from the task; its loss at each evaluation, "general_loss", shows what is forgotten.
         adapter: how weights are parameterised and which of them train.
         objective: what is minimised.
         optimizer: how parameters move.
@@ -50,6 +52,7 @@ class Recipe:
         epochs: passes over the data, may be fractional; exclusive with `steps`.
         batch_tokens: most tokens in one optimizer step, over all micro-batches and processes.
         micro_tokens: most tokens in one forward pass; None means `batch_tokens`. Never changes a gradient.
+        packing: run samples as one packed row; False pads each to the longest. Never changes a gradient.
         clip: largest gradient norm; None switches clipping off.
         eval_every: steps between evaluations; None evaluates before and after only.
         eval_samples: held-out samples that are answered by generation at each evaluation; 0 for none.
@@ -73,6 +76,7 @@ class Recipe:
     model: Any = "base"
     data: Any = None
     eval_data: Any = None
+    general_data: Any = None
     adapter: Any = "full"
     objective: Any = "sft"
     optimizer: Any = "adamw"
@@ -84,6 +88,7 @@ class Recipe:
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_tokens: Positive = 4096
     micro_tokens: Positive | None = None
+    packing: bool = True
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     eval_every: Positive | None = None
     eval_samples: Annotated[int, Field(ge=0)] = 100
@@ -265,8 +270,20 @@ def _walk(node: yaml.Node | None, at: str, lines: dict[str, int], problems: list
             _walk(value, f"{at}.{index}" if at else str(index), lines, problems, file)
 
 
+def parse_value(text: str) -> Any:
+    """Read the value of a setting as YAML, the way recipe files are read.
+
+    Raises:
+        RecipeError: it is not valid YAML.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise RecipeError([Problem(text, f"the value is not valid YAML: {error}", "--set")]) from error
+
+
 def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem | None:
-    """Apply one "a.b=value" to the raw mapping; a part named by a string becomes a mapping when an option is set."""
+    """Apply one "a.b=value" to the raw mapping."""
     path, equals, value_text = text.partition("=")
     if not equals or not path:
         return Problem(text, "expected key=value", "--set")
@@ -274,6 +291,22 @@ def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem 
         value = _Loader(value_text).get_single_data()
     except yaml.YAMLError as error:
         return Problem(path, f"the value is not valid YAML: {error}", "--set")
+    if problem := assign(raw, path, value):
+        return problem
+    for known in [p for p in lines if p == path or p.startswith(path + ".")]:
+        del lines[known]
+    lines[path] = 0
+    return None
+
+
+def assign(raw: dict[str, Any], path: str, value: Any) -> Problem | None:
+    """Set one field of a raw recipe; a part named by a string becomes a mapping when an option of it is set.
+
+    Args:
+        raw: the recipe's fields; its mappings are changed in place.
+        path: dotted path, list items by index.
+        value: the new value.
+    """
     keys, target = path.split("."), raw
     for depth, key in enumerate(keys[:-1]):
         slot: Any = int(key) if isinstance(target, list) and key.isdigit() else key
@@ -290,9 +323,6 @@ def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem 
     if isinstance(target, list) and (not isinstance(slot, int) or slot >= len(target)):
         return _no_item(path, keys[:-1], len(target))
     target[slot] = value
-    for known in [p for p in lines if p == path or p.startswith(path + ".")]:
-        del lines[known]
-    lines[path] = 0
     return None
 
 
@@ -339,7 +369,7 @@ def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str
         path = f"{at}.{name}".lstrip(".")
         if only is not None and name not in only:
             continue
-        if name in PART_FIELDS and (value is not None or name not in ("data", "eval_data")):
+        if name in PART_FIELDS and (value is not None or name not in DATA_FIELDS):
             problems += opt.check_part(PART_FIELDS[name], value, path, places)
         if name in LIST_FIELDS and isinstance(value, list):
             problems += opt.check_nested(LIST_FIELDS[name], value, path, places)

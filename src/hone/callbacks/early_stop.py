@@ -24,9 +24,9 @@ class EarlyStop(Callback):
     The evaluation before the first step counts as the first to beat. With `final: best` the run keeps its best weights.
 
     Args:
-        metric: figure of the evaluation to watch: "loss" or the name of a metric.
+        metric: figure of the evaluation to watch: "loss", "general_loss" or the name of a metric.
         patience: evaluations in a row without an improvement that end the run.
-        mode: whether a smaller or a larger figure is better; "auto" is "min" for the loss and "max" for a metric.
+        mode: whether a smaller or a larger figure is better; "auto" is "min" for a loss and "max" for a metric.
         min_delta: least change that counts as an improvement, in units of the figure.
     """
 
@@ -59,7 +59,7 @@ class EarlyStop(Callback):
             hint = nearest(self.metric, figures) or f"it has: {', '.join(figures) or 'none'}"
             raise HoneError(f"callback 'early_stop': the evaluation has no figure '{self.metric}' ({hint})")
         value = float(row[self.metric])
-        larger = self.mode == "max" or (self.mode == "auto" and self.metric != "loss")
+        larger = self.mode == "max" or (self.mode == "auto" and not self.metric.endswith("loss"))
         gain = 0.0 if self.best is None else (value - self.best if larger else self.best - value)
         if self.best is None or gain > self.min_delta:
             self.best, self.waited = value, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,23 +31,27 @@ class Bench:
         adapter: how weights are parameterised.
         data: the training data.
         eval_data: the evaluation data.
+        general_data: text whose loss shows what is forgotten, None when nobody asked.
         metrics: judges of generated answers.
         sampler: picks tokens in evaluation.
         base: path of the starting model, for saved adapters.
+        setup_seconds: seconds that the adapter took to attach, which data-driven ones spend on looking at data.
     """
 
     run: Run
     adapter: Any
     data: Opened
     eval_data: Opened
+    general_data: Opened | None
     metrics: list[Any]
     sampler: Any
     base: str
+    setup_seconds: float
 
     def evaluate(self, display: Display) -> evaluate.Evaluation:
         """Return the loss on held-out data and the scores of generated answers."""
         run = self.run
-        judges = evaluate.Judges(self.eval_data, self.metrics, self.sampler)
+        judges = evaluate.Judges(self.eval_data, self.metrics, self.sampler, self.general_data)
         display.update(run.step, "evaluating on held-out data")
         with sharding.gathered(run.model):
             found = evaluate.judge(run.model, run.objective, judges, run.recipe, run.cluster)
@@ -78,21 +83,28 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     start, objective = recipe.build("model"), recipe.build("objective")
     model = start.load(device=cluster.device, dtype=cluster.dtype, data=source)
     model.checkpoint_layers(recipe.recompute)
+    if not recipe.packing:
+        model.packs = False
 
-    def opened(label: str, which: Source, split: Split) -> Opened:
+    def opened(label: str, which: Source, split: Split, consumes: str = objective.consumes) -> Opened:
         display.start(label, None)
         made = open_data(
-            which, model.renderer, consumes=objective.consumes, split=split, context=model.context,
-            progress=display.update,
-        )  # fmt: skip
+            which, model.renderer, consumes=consumes, split=split, context=model.context, progress=display.update
+        )
         display.stop()
         return made
 
     data = opened("reading data", source, "train")
     eval_data = opened("reading held-out data", eval_source, eval_split)
+    general_data = None
+    if recipe.general_data is not None:
+        general = recipe.build("general_data")
+        general_data = opened("reading general data", general, general.evaluation_split(), "tokens")
     display.say(data.describe())
     adapter = recipe.build("adapter")
+    began = time.perf_counter()
     adapter.attach(model.hf, data.calibration(recipe.batch_tokens, recipe.seed))
+    setup_seconds = time.perf_counter() - began
     model.to(device=cluster.device)
     if cluster.precision == "bf16" and not adapter.saves_base:  # autocast would cast them anew in every forward pass
         for parameter in model.parameters():
@@ -111,7 +123,7 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     local = shipped_base() if base == "base" else Path(base).expanduser()
     base = str(local.resolve()) if base and local.is_dir() else base  # a saved adapter is loaded from any folder
     metrics, sampler = recipe.build("metrics"), recipe.build("sampler")
-    return Bench(run, adapter, data, eval_data, metrics, sampler, base)
+    return Bench(run, adapter, data, eval_data, general_data, metrics, sampler, base, setup_seconds)
 
 
 def evaluation_data(recipe: Recipe, source: Source | None = None) -> tuple[Source, Split]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hone.data.sample import Message, Sample
 from hone.engine.loop import divide_among
 from hone.engine.progress import log
 from hone.text.generate import generate
-from hone.text.pack import Tree
+from hone.text.pack import Packed, Tree
 
 if TYPE_CHECKING:
     from hone.data.open import Opened
@@ -27,17 +28,20 @@ class Evaluation:
 
     Args:
         loss: mean loss per unit of the objective on the held-out data, None when there is none.
+        general_loss: mean negative log-likelihood of the tokens of the general data, None when there is none.
         scores: mean of each metric over the samples it applies to.
         answers: one row per answered sample, as written to samples.jsonl.
     """
 
     loss: float | None = None
+    general_loss: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
         """Return the numbers alone."""
-        return {"loss": self.loss, **self.scores} if self.loss is not None else dict(self.scores)
+        losses = {"loss": self.loss, "general_loss": self.general_loss}
+        return {**{name: value for name, value in losses.items() if value is not None}, **self.scores}
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,30 @@ class Judges:
         data: the evaluation data; its source knows how to grade.
         metrics: judges of generated answers.
         sampler: picks tokens.
+        general: text rendered as tokens, whose loss shows what is forgotten.
     """
 
     data: Opened
     metrics: Sequence[Any]
     sampler: Any
+    general: Opened | None = None
+
+
+class Text:
+    """Next-token prediction of plain text, whatever the objective is."""
+
+    def count(self, batch: Packed) -> float:
+        """Return the number of predicted tokens."""
+        return float(batch.weights.sum())
+
+    def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed negative log-likelihood, and no metrics.
+
+        Args:
+            model: the language model.
+            batch: packed trees of T tokens.
+        """
+        return -(batch.weights * model.logprobs(batch)).sum(), {}
 
 
 def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, cluster: Cluster) -> Evaluation:
@@ -74,6 +97,8 @@ def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, 
             max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
         )  # fmt: skip
     found.loss = loss
+    if judges.general is not None:
+        found.general_loss = mean_loss(model, Text(), judges.general.trees, limit, cluster)
     return found
 
 

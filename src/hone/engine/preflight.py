@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from hone.engine.assemble import Bench, assemble, describe_model
 from hone.engine.checkpoint import Checkpoints, read_state
 from hone.engine.devices import Cluster
+from hone.engine.flops import count_flops
 from hone.engine.loop import Trainer
 from hone.engine.progress import Display, clock, console, listen
 from hone.errors import HoneError
@@ -33,10 +35,13 @@ class Rehearsal:
         trained: parameters that train.
         samples: three rendered samples, each a list of (text, trained).
         longest_tokens: tokens in the longest batch that was run.
+        setup_seconds: seconds that the adapter took to attach.
         step_seconds: seconds of a typical step.
-        checkpoint_seconds: seconds to save and reload a checkpoint.
+        step_tokens: tokens of a typical step.
+        step_flops: floating-point operations of a typical step: those of matrix products, convolutions and attention.
+        checkpoint_seconds: seconds to save and reload a checkpoint, 0 when that was left out.
         checkpoint_bytes: its size.
-        evaluation_seconds: seconds of one evaluation.
+        evaluation_seconds: seconds of one evaluation, 0 when that was left out.
         peak_memory: most bytes held, the longest batch and the save included.
         steps: steps of the run.
         eta_seconds: seconds that the whole run will take.
@@ -48,7 +53,10 @@ class Rehearsal:
     trained: int
     samples: list[list[tuple[str, bool]]]
     longest_tokens: int
+    setup_seconds: float
     step_seconds: float
+    step_tokens: float
+    step_flops: float
     checkpoint_seconds: float
     checkpoint_bytes: int
     evaluation_seconds: float
@@ -69,8 +77,13 @@ class Rehearsal:
             f"peak memory:   {self.peak_memory / 2**20:,.0f} MiB",
             f"time:          {self.steps} steps of {self.step_seconds:.2f} s, "
             f"evaluations of {self.evaluation_seconds:.1f} s: about {clock(self.eta_seconds)}",
+            f"work:          {self.step_flops / 1e9:,.1f} GFLOP a step of {self.step_tokens:,.0f} tokens, "
+            f"{self.step_flops / self.step_seconds / 1e9:,.1f} GFLOP/s",
             "nothing was kept; start it with: hone run RECIPE",
         ])  # fmt: skip
+
+
+TYPICAL = 3  # steps that are timed
 
 
 def preflight(recipe: Recipe, display: Display) -> Rehearsal:
@@ -83,40 +96,91 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
     Raises:
         HoneError: a launcher started several processes.
     """
+    recipe, bench = _assembled(recipe, display)
+    shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)]
+    for number, pieces in enumerate(shown, 1):
+        _print_sample(number, pieces, display)
+    return replace(_measure(bench, recipe, _rehearse_save, _rehearse_evaluation(display)), samples=shown)
+
+
+def measure(recipe: Recipe, display: Display) -> Rehearsal:
+    """Measure the steps of a recipe alone: their time, memory, tokens and operations.
+
+    Args:
+        recipe: a checked recipe; of a staged one, the first stage is measured.
+        display: says what was found.
+
+    Raises:
+        HoneError: a launcher started several processes.
+    """
+    recipe, bench = _assembled(recipe, display)
+    return _measure(bench, recipe)
+
+
+def _assembled(recipe: Recipe, display: Display) -> tuple[Recipe, Bench]:
     listen()
     recipe = recipe.staged()[0]
     cluster = Cluster(recipe.device, recipe.precision, recipe.sharding)
     if cluster.world > 1:
-        raise HoneError("hone check rehearses in one process: run it without a launcher")
-    bench = assemble(recipe, cluster, display)
-    shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)]
-    for number, pieces in enumerate(shown, 1):
-        _print_sample(number, pieces, display)
-    trainer = Trainer(bench.run)
+        raise HoneError("a rehearsal runs in one process: run it without a launcher")
+    return recipe, assemble(recipe, cluster, display)
+
+
+def _measure(
+    bench: Bench,
+    recipe: Recipe,
+    save: Callable[[Bench], tuple[float, int]] = lambda bench: (0.0, 0),
+    evaluate: Callable[[Bench], float] = lambda bench: 0.0,
+) -> Rehearsal:
+    trainer, run = Trainer(bench.run), bench.run
     longest = _longest(bench, recipe.batch_tokens)
     trainer.train_step(longest)
-    typical = [trainer.train_step(trees)["seconds"] for trees in itertools.islice(bench.run.loader, 2)]
+    rows = [trainer.train_step(trees) for trees in itertools.islice(run.loader, TYPICAL)]
+    checkpoint_seconds, size = save(bench)
+    evaluation_seconds = evaluate(bench)
+    peak, model = run.cluster.peak_memory(), describe_model(bench)
+    step_tokens = _step_tokens(bench) or float(np.mean([row["tokens"] for row in rows]))
+    step_seconds = float(np.mean([row["seconds"] for row in rows]))
+    trees = next(run.loader, longest)
+    flops = step_tokens * count_flops(trainer, trees) / sum(len(tree) for tree in trees)
+    evaluations = 2 + (run.total // recipe.eval_every if recipe.eval_every else 0)
+    saves = 1 + (run.total // recipe.checkpoint_every if recipe.checkpoint_every else 0)
+    eta = run.total * step_seconds + evaluations * evaluation_seconds + saves * checkpoint_seconds + bench.setup_seconds
+    return Rehearsal(
+        device=run.cluster.describe(), data=bench.data.describe(), parameters=model["parameters"],
+        trained=model["trained"], samples=[], longest_tokens=sum(len(tree) for tree in longest),
+        setup_seconds=bench.setup_seconds, step_seconds=step_seconds, step_tokens=step_tokens, step_flops=flops,
+        checkpoint_seconds=checkpoint_seconds, checkpoint_bytes=size, evaluation_seconds=evaluation_seconds,
+        peak_memory=peak, steps=run.total, eta_seconds=eta,
+    )  # fmt: skip
+
+
+def _step_tokens(bench: Bench) -> float | None:
+    """Return the mean tokens of a step over the whole data, None for data without a known length."""
+    if bench.data.trees is None or not bench.run.loader.steps_per_epoch:
+        return None
+    return float(np.sum(bench.data.trees.lengths)) / bench.run.loader.steps_per_epoch
+
+
+def _rehearse_save(bench: Bench) -> tuple[float, int]:
+    """Save and reload a checkpoint and save the model; return the seconds and bytes of the checkpoint."""
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
         saved = Checkpoints(Path(scratch), keep=1).save(bench.run.step, bench.run.state())
         bench.run.restore(read_state(saved))
-        checkpoint_seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         size = sum(path.stat().st_size for path in saved.iterdir())
         bench.save(Path(scratch) / "model")
-    began = time.perf_counter()
-    bench.evaluate(display)
-    evaluation_seconds = time.perf_counter() - began
-    steps, model = bench.run.total, describe_model(bench)
-    evaluations = 2 + (steps // recipe.eval_every if recipe.eval_every else 0)
-    saves = 1 + (steps // recipe.checkpoint_every if recipe.checkpoint_every else 0)
-    step_seconds = float(np.mean(typical))
-    eta = steps * step_seconds + evaluations * evaluation_seconds + saves * checkpoint_seconds
-    return Rehearsal(
-        device=cluster.describe(), data=bench.data.describe(), parameters=model["parameters"], trained=model["trained"],
-        samples=shown, longest_tokens=sum(len(tree) for tree in longest), step_seconds=step_seconds,
-        checkpoint_seconds=checkpoint_seconds, checkpoint_bytes=size, evaluation_seconds=evaluation_seconds,
-        peak_memory=cluster.peak_memory(), steps=steps, eta_seconds=eta,
-    )  # fmt: skip
+    return seconds, size
+
+
+def _rehearse_evaluation(display: Display) -> Callable[[Bench], float]:
+    def timed(bench: Bench) -> float:
+        began = time.perf_counter()
+        bench.evaluate(display)
+        return time.perf_counter() - began
+
+    return timed
 
 
 def _first(bench: Bench, count: int) -> list[Tree]:

@@ -107,6 +107,8 @@ def _stage(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display
         f"({100 * model['trained'] / model['parameters']:.1f}%), on {cluster.describe()}"
     )
     opened = {"train": bench.data, "eval": bench.eval_data}
+    if bench.general_data is not None:
+        opened["general"] = bench.general_data
     data = {split: {"text": data.describe(), **data.record()} for split, data in opened.items()}
     record = manifest(recipe, cluster.describe(), data, model)
     stage = Stage(bench, folder, display)
@@ -134,12 +136,12 @@ def _check_unchanged(folder: RunFolder, record: dict[str, Any]) -> None:
         CheckpointError: names what has changed.
     """
     begun = folder.json("manifest.json")
-    pairs = [(f"the {split} data", ("data", split, "fingerprint")) for split in ("train", "eval")]
+    pairs = [(f"the {split} data", ("data", split, "fingerprint")) for split in ("train", "eval", "general")]
     for what, path in [*pairs, ("the starting model", ("model", "sha256"))]:
         old: Any = begun
         new: Any = record
         for key in path:
-            old, new = (old or {}).get(key), new[key]
+            old, new = (old or {}).get(key), (new or {}).get(key)
         if old is not None and old != new:
             raise CheckpointError(
                 f"{folder.path}: {what} has changed since this run began, so it cannot go on to the same result. Put "
@@ -182,7 +184,8 @@ def _combine(results: list[dict[str, Any]], folder: RunFolder, count: int, clust
             with staged(folder.path / "model") as staging:
                 shutil.copytree(folder.path / f"stage-{count}" / "model", staging, dirs_exist_ok=True)
         combined["model"] = str(folder.path / "model")
-    combined["training_seconds"] = round(sum(r["training_seconds"] for r in results), 2)
+    for key in ("training_seconds", "setup_seconds"):
+        combined[key] = round(sum(r[key] for r in results), 3)
     combined["peak_memory"] = max(r["peak_memory"] for r in results)
     if cluster.main:
         folder.write("result.json", combined)

@@ -181,7 +181,8 @@ class Stage:
         result = {
             "run": str(path), "status": "interrupted" if run.interrupted else "finished", "reason": run.stop,
             "steps": run.step, "tokens": run.tokens, "seconds": round(self.seconds, 2),
-            "training_seconds": round(seconds, 2), "peak_memory": run.cluster.peak_memory(),
+            "training_seconds": round(seconds, 2), "setup_seconds": round(self.bench.setup_seconds, 3),
+            "peak_memory": run.cluster.peak_memory(),
             "before": clean[0] if clean else {}, "after": clean[-1] if clean else {},
             "best_step": run.best[1] if run.best else None,
             "model": None if run.interrupted else str(path / "model"), "report": str(path / "report.html"),

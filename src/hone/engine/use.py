@@ -108,7 +108,7 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
         source, model.renderer, consumes=objective.consumes, split=split, context=model.context, progress=display.update
     )
     display.stop()
-    judges = evaluate.Judges(opened, recipe.build("metrics"), recipe.build("sampler"))
+    judges = evaluate.Judges(opened, recipe.build("metrics"), recipe.build("sampler"))  # of the task alone
     return evaluate.judge(model, objective, judges, recipe, cluster).row()
 
 

@@ -64,7 +64,7 @@ class Fresh:
     Args:
         config: configuration in the words of transformers, e.g. {model_type: llama, hidden_size: 192, ...}; the
             vocabulary size and the special tokens follow from the tokenizer.
-        tokenizer: folder or Hub name of a tokenizer; None trains one on the run's data.
+        tokenizer: folder or Hub name of a tokenizer, "base" for the shipped one; None trains one on the run's data.
         vocabulary: size of a tokenizer that is trained, in tokens.
         tokenizer_samples: samples that a tokenizer is trained on.
         template: chat template, as in `pretrained`.

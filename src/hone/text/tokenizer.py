@@ -77,15 +77,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder in Hugging Face format, or by its Hub name.
 
     Args:
-        path: the folder, or "owner/name".
+        path: the folder, or "owner/name"; "base" is the tokenizer of the shipped model.
 
     Raises:
         ModelError: there is none.
     """
     from transformers import AutoTokenizer
 
+    from hone.text.loading import shipped_base
+
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(shipped_base() if path == "base" else path)
     except (OSError, ValueError) as error:
         expected = "a folder with a tokenizer or a Hub name"
         raise ModelError(f"tokenizer: expected {expected}, got '{path}': {error}") from error
