@@ -4,46 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from end_to_end.pages import figures, loaded_from_elsewhere, opened, probed, shown, write_run
 from end_to_end.support import hone, train
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-QUIET = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-    "--v=0", "--dump-dom", "--virtual-time-budget=5000",
-)  # fmt: skip
-
-
-class Resources(HTMLParser):
-    """Collects what a page loads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loaded: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        for name in ("src", "href", "data", "srcset", "poster"):
-            if given.get(name) and not (tag == "a" and name == "href"):
-                self.loaded.append(str(given[name]))
-
-
-def opened(page: Path, folder: Path) -> tuple[str, str]:
-    """Return the document that a browser makes of a page, and what it logs."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip("there is no Chromium here")
-    command = [browser, *QUIET, f"--user-data-dir={folder}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return done.stdout, done.stderr
+from hone.evidence.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +21,21 @@ def document(full_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_nothing_is_loaded_from_elsewhere(full_run: Path) -> None:
-    page = (full_run / "report.html").read_text()
-    found = Resources()
-    found.feed(page)
-    assert all(source.startswith(("#", "data:")) for source in found.loaded), found.loaded
-    styles = "".join(re.findall(r"<style.*?</style>", page, re.DOTALL))
-    assert "@import" not in styles and not re.search(r"url\((?!['\"]?data:)", styles)
+    assert loaded_from_elsewhere(full_run / "report.html") == []
+
+
+def test_the_page_is_no_wider_than_its_window(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    for found in probed(write_report(tmp_path / "run"), tmp_path / "browser"):
+        assert found["log"] == [] and found["page"] <= found["window"]
+        assert found["drawn"] == found["plots"] == 6
+
+
+def test_a_loss_on_other_text_is_a_loss_and_no_share(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    page = write_report(tmp_path / "run").read_text()
+    after = json.loads((tmp_path / "run" / "result.json").read_text())["after"]["general_loss"]
+    assert f"<b>{after:.3f}</b>" in page and "general_loss" not in shown(page)
 
 
 def test_every_chart_is_drawn_and_the_console_is_silent(document: tuple[str, str], full_run: Path) -> None:
@@ -74,10 +51,16 @@ def test_every_chart_is_drawn_and_the_console_is_silent(document: tuple[str, str
 
 def test_the_page_says_what_happened(document: tuple[str, str], full_run: Path) -> None:
     dom, _ = document
-    text = re.sub(r"<[^>]*>", " ", re.sub(r"<(script|style).*?</\1>", " ", dom, flags=re.DOTALL))
+    text = shown(dom)
     for expected in ("held-out loss", "training time", "peak memory", "trained parameters", "batch_tokens: 256",
                      "What does animal", "transformers"):  # fmt: skip
         assert expected in text, expected
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", status="failed")
+    each_step = figures(write_report(tmp_path / "run"))["chart-loss"]["traces"][0]["y"]
+    assert each_step[-1] is None and min(each_step[:-1]) > 0
 
 
 @pytest.mark.parametrize("text", ["</script><script>console.error('out')</script>", "<img src=x onerror=alert(1)>"])

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from plotly.offline import get_plotlyjs
-
 from hone.engine.folder import RunFolder
 from hone.engine.progress import clock
+from hone.evidence.charts import Logs, Trace, Values, figure, read_logs, smooth, stages, steep
+from hone.evidence.layout import heading, lower_is_better, render
 
 SHOWN_SAMPLES = 12
-BLUE, ORANGE = "#3b76d6", "#d9822b"
 
 
 def write_report(path: Path) -> Path:
@@ -28,44 +24,26 @@ def write_report(path: Path) -> Path:
         The page. It opens offline: the plotting library is inside.
     """
     folder = RunFolder.open(path)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("report.html").render(
-        **contents(folder), plotly=get_plotlyjs(), recipe=(folder.path / "recipe.yaml").read_text(encoding="utf-8")
-    )
-    return folder.write("report.html", page)
+    recipe = (folder.path / "recipe.yaml").read_text(encoding="utf-8")
+    return folder.write("report.html", render("report.html", **contents(folder), recipe=recipe))
 
 
 def contents(folder: RunFolder) -> dict[str, Any]:
     """Return what the page shows: headline tiles, charts, samples, data and environment."""
-    stages = [RunFolder(path) for path in sorted(folder.path.glob("stage-*"))] or [folder]
-    rows, evaluations, answers = _logs(stages)
-    result, manifest = folder.json("result.json"), stages[0].json("manifest.json")
+    logs = read_logs(folder)
+    result, manifest = folder.json("result.json"), stages(folder)[0].json("manifest.json")
     return {
         "name": folder.path.name,
         "status": result.get("status", "running"),
         "reason": result.get("reason", ""),
-        "tiles": _tiles(result, manifest, rows),
-        "charts": _charts(rows, evaluations),
-        "samples": _pairs(answers),
-        "asked": sum(1 for answer in answers if answer["step"] == answers[0]["step"]) if answers else 0,
+        "tiles": _tiles(result, manifest, logs.rows),
+        "figures": _charts(logs),
+        "samples": _pairs(logs.answers),
+        "asked": sum(1 for answer in logs.answers if answer["step"] == logs.answers[0]["step"]),
         "data": manifest.get("data", {}),
         "facts": _facts(manifest),
         "run": str(folder.path),
     }
-
-
-def _logs(stages: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of metrics, evaluations and samples of all stages, their steps counted on from stage to stage."""
-    found: tuple[list[dict[str, Any]], ...] = ([], [], [])
-    before = 0
-    for stage in stages:
-        for rows, name in zip(found, ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl"), strict=True):
-            rows.extend({**row, "step": row["step"] + before} for row in stage.rows(name))
-        before = found[0][-1]["step"] if found[0] else 0
-    return found[0], found[1], found[2]
 
 
 def _tiles(result: dict[str, Any], manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -73,9 +51,9 @@ def _tiles(result: dict[str, Any], manifest: dict[str, Any], rows: Sequence[dict
     tiles = []
     for name, after in result.get("after", {}).items():
         before = result.get("before", {}).get(name)
-        show = (lambda v: f"{v:.3f}") if name == "loss" else (lambda v: f"{v:.1%}")
+        show = (lambda v: f"{v:.3f}") if lower_is_better(name) else (lambda v: f"{v:.1%}")
         note = f"{show(before)} before" if before is not None else ""
-        tiles.append({"label": f"held-out {name}", "value": show(after), "note": note})
+        tiles.append({"label": heading(name).lower(), "value": show(after), "note": note})
     seconds = sum(row["seconds"] for row in rows)
     if rows and seconds > 0:
         speed = sum(row["tokens"] for row in rows) / seconds
@@ -90,75 +68,44 @@ def _tiles(result: dict[str, Any], manifest: dict[str, Any], rows: Sequence[dict
     return tiles
 
 
-def _charts(rows: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the charts as plotly figures in plain data; the page colours them for light or dark."""
-    charts = []
+def _charts(logs: Logs) -> list[dict[str, Any]]:
+    """Return the charts."""
+    rows, evaluations, charts = logs.rows, logs.evaluations, []
+    steps = [row["step"] for row in rows]
+    axis = {"title": {"text": "step"}}
     if rows:
-        steps = [row["step"] for row in rows]
         losses = [row.get("loss") for row in rows]
         traces = [
-            _line(steps, losses, "each step", BLUE, width=1, opacity=0.45),
-            _line(steps, smooth(losses), "training, smoothed", BLUE, width=2.5),
+            _trace("raw", 0, "each step", steps, losses),
+            _trace("curve", 0, "training, smoothed", steps, smooth(losses)),
         ]
-        held = [(e["step"], e["loss"]) for e in evaluations if e.get("loss") is not None]
-        if held:
-            traces.append(_points([h[0] for h in held], [h[1] for h in held], "held-out", ORANGE))
-        shown = [value for value in losses if value is not None and math.isfinite(value)]
-        wide = bool(shown) and 0 < 20 * min(shown) < max(shown)  # else the end of the curve lies flat on the axis
-        charts.append(_chart("loss", "Loss per trained token", traces, axis={"type": "log"} if wide else {}))
+        if held := [(e["step"], e["loss"]) for e in evaluations if e.get("loss") is not None]:
+            traces.append(_trace("points", 1, "held-out", *zip(*held, strict=True)))
+        charts.append(
+            figure("loss", "Loss per trained token", traces, xaxis=axis, yaxis=steep(losses), wide=True, legend=True)
+        )
     for name in sorted({key for e in evaluations for key in e} - {"step", "loss"}):
         kept = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
-        traces = [_points([k[0] for k in kept], [k[1] for k in kept], f"held-out {name}", ORANGE)]
-        percent = {"tickformat": ".0%", "range": [-0.02, 1.02]}
-        charts.append(_chart(name, f"Held-out {name} of generated answers", traces, axis=percent))
+        if not kept:
+            continue
+        loss = lower_is_better(name)
+        title = heading(name) + ("" if loss else " of generated answers")
+        percent = {} if loss else {"tickformat": ".0%", "range": [-0.02, 1.02]}
+        traces = [_trace("points", 1, heading(name).lower(), *zip(*kept, strict=True))]
+        charts.append(figure(name, title, traces, xaxis=axis, yaxis=percent))
     if rows:
-        for key, title in (("lr", "Learning rate"), ("grad_norm", "Gradient norm before clipping")):
-            values = [row.get(key) for row in rows]
-            charts.append(_chart(key, title, [_line(steps, values, title, BLUE, width=1.5)]))
         speeds = [row["tokens"] / row["seconds"] if row["seconds"] else None for row in rows]
-        charts.append(_chart("speed", "Tokens per second", [_line(steps, speeds, "tokens/s", BLUE, width=1.5)]))
+        for key, title, values in (
+            ("lr", "Learning rate", [row.get("lr") for row in rows]),
+            ("grad_norm", "Gradient norm before clipping", [row.get("grad_norm") for row in rows]),
+            ("speed", "Tokens per second", speeds),
+        ):
+            charts.append(figure(key, title, [_trace("detail", 0, title, steps, values)], xaxis=axis))
     return charts
 
 
-def smooth(values: Sequence[float | None], weight: float = 0.9) -> list[float | None]:
-    """Return the bias-corrected exponential moving average of a curve; gaps stay gaps.
-
-    Args:
-        values: one value a step, None where there is none.
-        weight: share of the past in each value.
-    """
-    average, norm = 0.0, 0.0
-    out: list[float | None] = []
-    for value in values:
-        if value is None or not math.isfinite(value):
-            out.append(None)
-            continue
-        average = weight * average + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        out.append(average / norm)
-    return out
-
-
-def _line(
-    x: Sequence[int], y: Sequence[Any], name: str, colour: str, width: float, opacity: float = 1.0
-) -> dict[str, Any]:
-    return {"type": "scatter", "mode": "lines", "x": list(x), "y": list(y), "name": name, "opacity": opacity,
-            "line": {"width": width, "color": colour}}  # fmt: skip
-
-
-def _points(x: Sequence[int], y: Sequence[Any], name: str, colour: str) -> dict[str, Any]:
-    return {"type": "scatter", "mode": "lines+markers", "x": list(x), "y": list(y), "name": name,
-            "line": {"width": 2, "color": colour}, "marker": {"size": 8, "color": colour}}  # fmt: skip
-
-
-def _chart(name: str, title: str, traces: list[dict[str, Any]], axis: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"id": f"chart-{name}", "title": title, "wide": name == "loss", "data": _script(traces),
-            "yaxis": _script(axis or {})}  # fmt: skip
-
-
-def _script(value: Any) -> str:
-    """Return JSON that cannot end the script element it stands in."""
-    return json.dumps(value).replace("</", "<\\/")
+def _trace(role: str, series: int, name: str, x: Sequence[int], y: Values) -> Trace:
+    return {"role": role, "series": series, "name": name, "x": list(x), "y": list(y)}
 
 
 def _pairs(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
