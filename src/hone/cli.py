@@ -1,4 +1,4 @@
-"""The command line: `hone run`, `resume`, `check`, `list`, `show`, `sample`, `eval`, `export`.
+"""The command line: `hone run`, `resume`, `check`, `compare`, `verify`, `report`, `list`, `show`, `find`, and so on.
 
 Heavy imports live inside the commands, so that `hone --help` answers at once.
 """
@@ -87,16 +87,18 @@ def list_(
     kind: Annotated[str | None, typer.Argument(help="adapter, objective, optimizer, data, ...")] = None,
     as_json: Json = False,
 ) -> None:
-    """List every part and recipe."""
+    """List every part and recipe, with what became of its paper's claims: "-" where none has been tested."""
     from hone import catalogue
 
     entries = catalogue.entries(kind)
     if as_json:
         print(json.dumps([entry.plain() for entry in entries], indent=1))
         return
-    width = max((len(entry.name) for entry in entries), default=0)
-    for entry in entries:
-        print(f"{entry.kind:<10} {entry.name:<{width}}  {entry.summary}")
+    names = max((len(entry.name) for entry in entries), default=0)
+    marks = max((len(entry.mark) for entry in entries), default=0)
+    for before, entry in zip([None, *entries], entries, strict=False):
+        gap = "\n" if before is not None and before.kind != entry.kind else ""
+        print(f"{gap}{entry.kind:<10} {entry.name:<{names}}  {entry.mark:<{marks}}  {entry.summary}")
     if not entries:
         print(f"there is no {kind} yet")
 
@@ -118,7 +120,100 @@ def show(
     for entry in entries if recipes else []:  # a recipe is printed alone, so that it can start one's own
         if entry.kind != "recipe":
             print(f"note: there is also: hone show {name} --kind {entry.kind}", file=sys.stderr)
-    print("\n\n".join(entry.text() for entry in recipes or entries))
+    print("\n\n".join(entry.text(name) for entry in recipes or entries))
+
+
+@app.command()
+def find(
+    need: Annotated[str, typer.Argument(help='Words, e.g. "use less memory in the optimizer".')],
+    limit: Annotated[int, typer.Option(min=1, help="Most lines.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Find the parts and recipes for a need, the best first."""
+    from hone import search
+
+    matches = search.find(need, limit)
+    if as_json:
+        print(json.dumps([match.plain() for match in matches], indent=1))
+        return
+    for match in matches:
+        entry = match.entry
+        print(f"{match.score:4.1f}  {entry.kind} {entry.name} [{entry.verdict or '-'}]  {entry.summary}")
+        if match.sentence != entry.summary:
+            print(f"      > {match.sentence}")
+    if not matches:
+        near = ", ".join(search.suggestions(need))
+        print(f"nothing in the catalogue matches '{need}' ({f'nearest names: {near}' if near else 'see: hone list'})")
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe by name, or a YAML file.")],
+    vary: Annotated[
+        list[str], typer.Option(metavar="FIELD=A,B", help="Values of a field to compare; several multiply.")
+    ] = [],  # noqa: B006
+    with_: Annotated[list[str], typer.Option("--with", metavar="RECIPE", help="Another whole recipe to compare.")] = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds: same data order, same evaluation set.")] = 3,
+    budget: Annotated[str, typer.Option(metavar="KIND=N", help="steps, tokens, seconds or flops of every run.")] = "",
+    tune: Annotated[list[str], typer.Option(metavar="FIELD=X,Y", help="Values that every variant tries first.")] = [],  # noqa: B006
+    metric: Annotated[str, typer.Option(help="What ranks; default accuracy where there is one, else loss.")] = "",
+    baseline: Annotated[str, typer.Option(help="Label of the variant to compare with; default the first.")] = "",
+    general: Annotated[str, typer.Option(help="Text that shows forgetting; default pydocs; 'none' for none.")] = "",
+    on: Annotated[str, typer.Option(help="Where cells run: local, ray, or ray:ADDRESS.")] = "local",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default what the machine allows.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run cells again that failed before.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where; default runs/compare-RECIPE-KEY.")] = None,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Measure variants of a recipe against each other: equal budget, paired seeds, intervals, cost, forgetting."""
+    from hone.evidence.command import Request, run_comparison
+
+    request = Request(
+        recipes=[recipe, *with_], vary=vary, seeds=seeds, budget=budget, tune=tune, metric=metric, baseline=baseline,
+        general=general, on=on, jobs=jobs, retry=retry, out=out, overrides=overrides, command=_typed(),
+    )  # fmt: skip
+    result, lines = run_comparison(request)
+    print(json.dumps(result) if as_json else "\n".join(lines))
+    raise SystemExit(0 if result["status"] == "finished" else 130)
+
+
+@app.command()
+def verify(
+    names: Annotated[list[str], typer.Argument(help="Parts, kinds, KIND.NAME.CLAIM, or all.")],
+    stale: Annotated[bool, typer.Option("--stale", help="Only claims that never ran or whose source changed.")] = False,
+    show_only: Annotated[bool, typer.Option("--list", help="Name the claims, run nothing.")] = False,
+    on: Annotated[str, typer.Option(help="Where cells run: local, ray, or ray:ADDRESS.")] = "local",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default what the machine allows.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results go; default the project's docs/evidence/claims.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the experiments behind what methods claim, and store what came out."""
+    from hone.evidence.verify import verify_command
+
+    records, lines = verify_command(names, stale=stale, show_only=show_only, on=on, jobs=jobs, out=out)
+    print(json.dumps(records) if as_json else "\n".join(lines))
+    raise SystemExit(1 if any(record["verdict"] == "failed" for record in records) else 0)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Put runs side by side in one page: figures, curves, settings that differ, answers to the same prompts."""
+    from hone.evidence.runs_page import write_runs
+
+    print(f"report: {write_runs(runs, out)}")
+
+
+def _typed() -> str:
+    """Return the command line as the user could type it again."""
+    import shlex
+
+    return shlex.join(["hone", *sys.argv[1:]])
 
 
 @app.command()

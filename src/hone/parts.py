@@ -30,7 +30,7 @@ class Option:
 
     Args:
         name: field name.
-        type: annotation as text, e.g. "float".
+        type: annotation as text, e.g. "float", with the names that the project gives to types written out.
         default: default as text, "" when the option must be given.
         doc: its line in the `Args:` of the class docstring, with the unit.
     """
@@ -145,16 +145,54 @@ def catalogue() -> tuple[Record, ...]:
         text = path.read_text(encoding="utf-8")
         if "\n@part(" not in text:
             continue
-        for record in _records(path, ast.parse(text)):
+        for record in _records(path):
             key = (record.kind, record.name)
             if key in records:
                 raise HoneError(f"two parts are {record.kind} '{record.name}': {records[key].path} and {record.path}")
             records[key] = record
+    for held in (_names, _options):  # trees of a hundred files take as many megabytes, and are not needed again
+        held.cache_clear()
     return tuple(records[key] for key in sorted(records, key=lambda key: (KINDS.index(key[0]), key[1])))
 
 
-def _records(path: Path, tree: ast.Module) -> Iterator[Record]:
-    for node in tree.body:
+@cache
+def _names(path: Path) -> dict[str, ast.stmt]:
+    """Return what gives each name at the top of a file: a class, an assignment or an import from hone; parsed once."""
+    found: dict[str, ast.stmt] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.ClassDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
+                found[name] = node
+            case ast.ImportFrom(module=str(module)) if module.startswith("hone."):
+                found.update((alias.asname or alias.name, node) for alias in node.names)
+    return found
+
+
+def _defined(name: str, path: Path) -> tuple[ast.stmt, Path] | None:
+    """Return the class or the assignment that a name in a file stands for, and its file; None outside hone."""
+    node = _names(path).get(name)
+    if not isinstance(node, ast.ImportFrom):
+        return None if node is None else (node, path)
+    source = ROOT.joinpath(*str(node.module).split(".")[1:])
+    source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+    return _defined(next(a.name for a in node.names if (a.asname or a.name) == name), source)
+
+
+class _WrittenOut(ast.NodeTransformer):
+    """Replaces the names that hone gives to types by what they stand for, so that every range can be seen."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        found = _defined(node.id, self.path)
+        if found is None or not isinstance(found[0], ast.Assign):
+            return node
+        return _WrittenOut(found[1]).visit(found[0].value)
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for node in _names(path).values():
         if not isinstance(node, ast.ClassDef):
             continue
         call = next((d for d in node.decorator_list if isinstance(d, ast.Call) and _called(d) == "part"), None)
@@ -171,7 +209,7 @@ def _records(path: Path, tree: ast.Module) -> Iterator[Record]:
             claim=given.get("claim", ""),
             deviations=given.get("deviations", ""),
             doc=ast.get_docstring(node) or "",
-            options=tuple(_options(node, path, tree)),
+            options=_options(node, path),
             module=module,
             attribute=node.name,
             path=str(path),
@@ -183,40 +221,25 @@ def _called(call: ast.Call) -> str:
     return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
-def _options(node: ast.ClassDef, path: Path, tree: ast.Module) -> list[Option]:
+@cache
+def _options(node: ast.ClassDef, path: Path) -> tuple[Option, ...]:
     """Return the dataclass fields of a class and its bases, bases first, as `dataclasses.fields` orders them."""
     options: dict[str, Option] = {}
     for base in reversed(node.bases):
-        found = _base(base, path, tree)
-        if found is not None:
-            options.update({option.name: option for option in _options(*found)})
+        found = _defined(base.id, path) if isinstance(base, ast.Name) else None
+        if found is not None and isinstance(found[0], ast.ClassDef):
+            options.update({option.name: option for option in _options(found[0], found[1])})
     about = _argument_docs(ast.get_docstring(node) or "")
     for name, doc in about.items():  # a subclass may document an option that it inherits
         if name in options:
             options[name] = Option(name, options[name].type, options[name].default, doc)
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            name, kind = item.target.id, ast.unparse(item.annotation)
+            name, kind = item.target.id, ast.unparse(_WrittenOut(path).visit(item.annotation))
             if name.startswith("_") or kind.startswith(("ClassVar", "InitVar")) or _hidden(item.value):
                 continue
             options[name] = Option(name, kind, _default(item.value), about.get(name, ""))
-    return list(options.values())
-
-
-def _base(base: ast.expr, path: Path, tree: ast.Module) -> tuple[ast.ClassDef, Path, ast.Module] | None:
-    if not isinstance(base, ast.Name):
-        return None
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == base.id:
-            return node, path, tree
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hone."):
-            alias = next((a for a in node.names if (a.asname or a.name) == base.id), None)
-            if alias is not None:
-                source = ROOT.joinpath(*str(node.module).split(".")[1:])
-                source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
-                other = ast.parse(source.read_text(encoding="utf-8"))
-                return _base(ast.Name(id=alias.name), source, other)
-    return None
+    return tuple(options.values())
 
 
 def _hidden(value: ast.expr | None) -> bool:

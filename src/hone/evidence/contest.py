@@ -1,0 +1,368 @@
+"""A contest of variants: what each costs, at which setting it does best, and how it fares on every seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hone import options as opt
+from hone.engine.progress import Display
+from hone.errors import HoneError, RecipeError, nearest
+from hone.evidence.budget import Budget
+from hone.evidence.cells import Job, Store, values
+from hone.evidence.layout import lower_is_better
+from hone.evidence.pool import Pool
+from hone.evidence.variants import Settings, Variant, grid, show
+from hone.recipe import Recipe
+
+TUNING_SEED = 1_000_003  # apart from the seeds that are compared, so that no variant is chosen on them
+COSTS = ("training_seconds", "tokens_per_second", "peak_memory", "trained", "flops", "tokens", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        name: of the comparison.
+        variants: what competes.
+        seeds: how many paired seeds; the first is that of the recipes.
+        budget: what every run may spend.
+        tune: values by dotted path; every variant tries every combination on one seed and keeps its best.
+        metric: what ranks the variants; "" takes accuracy where there is one, else the loss.
+        baseline: label of the variant that the others are compared with; "" takes the first.
+        command: what the user typed.
+    """
+
+    name: str
+    variants: tuple[Variant, ...]
+    seeds: int = 3
+    budget: Budget = field(default_factory=Budget)
+    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    metric: str = ""
+    baseline: str = ""
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared.
+
+        Raises:
+            HoneError: a baseline that is no variant, a metric that no variant has, a tuned setting that a variant does
+                not have, or stages under a budget.
+        """
+        labels = [variant.label for variant in self.variants]
+        if self.baseline and self.baseline not in labels:
+            hint = nearest(self.baseline, labels) or f"variants: {', '.join(labels)}"
+            raise HoneError(f"--baseline: there is no variant '{self.baseline}' ({hint})")
+        names = {name for variant in self.variants for name in metric_names(variant.recipe())}
+        if self.metric and self.metric not in names:
+            hint = nearest(self.metric, names) or f"metrics: {', '.join(sorted(names))}"
+            raise HoneError(f"--metric: the runs have no '{self.metric}' ({hint})")
+        if clash := [path for variant in self.variants for path in variant.settings if path in self.tune]:
+            raise HoneError(f"--tune: {clash[0]} is varied already; a setting is either varied or tuned")
+        for variant in self.variants:
+            if self.budget.kind != "recipe" and variant.fields.get("stages"):
+                raise HoneError(f"--budget: '{variant.label}' has stages, whose lengths only the recipe can give")
+            for trial in grid(self.tune):
+                try:
+                    variant.recipe(**trial)
+                except RecipeError as error:
+                    raise HoneError(f"--tune: does not fit '{variant.label}': {error}") from error
+
+    @property
+    def key(self) -> str:
+        """Return a hash of what is compared, apart from the number of seeds and how the result is shown."""
+        content = [[(v.label, v.fields) for v in self.variants], self.budget.plain(), dict(self.tune)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+@dataclass
+class Entrant:
+    """A variant on its way through a comparison.
+
+    Args:
+        variant: what competes.
+        steps: optimizer steps of its runs, None until the budget is known, and where stages have lengths of their own.
+        flops: operations of a step; None for stages, of which the first alone is measured.
+        reason: why it is out, "" while it is not.
+        tuned: the settings it does best with.
+        trials: what each setting that was tried gave.
+        note: what a reader should know of the tuning.
+        jobs: its runs by seed.
+        figures: what each finished run found, by seed.
+        failures: why runs failed, by seed.
+    """
+
+    variant: Variant
+    steps: int | None = None
+    flops: float | None = None
+    reason: str = ""
+    tuned: Settings = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+    jobs: dict[int, Job] = field(default_factory=dict)
+    figures: dict[int, dict[str, float]] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int | None:
+        """Optimizer steps of its runs, or those that the first of them has taken."""
+        return self.steps or next((int(found["steps"]) for found in self.figures.values()), None)
+
+    def fields(self, budget: Budget, settings: Settings, seed: int) -> dict[str, Any]:
+        """Return what a run of this variant sets beyond its recipe.
+
+        Args:
+            budget: what it may spend.
+            settings: tuned settings.
+            seed: its seed.
+        """
+        length = {} if budget.kind == "recipe" else {"steps": self.steps, "epochs": None}
+        return {**settings, **length, "seed": seed}
+
+
+class Contest:
+    """Runs a comparison phase by phase: measure, tune, run."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        store: Store,
+        pool: Pool,
+        display: Display,
+        *,
+        keeps: str = "model",
+        retry: bool = False,
+        alone: bool = False,
+    ) -> None:
+        """Prepare a comparison.
+
+        Args:
+            comparison: what is compared.
+            store: where cells lie.
+            pool: what computes them.
+            display: says how it goes.
+            keeps: what stays of the compared runs besides their figures: "model" or nothing.
+            retry: compute cells again that failed before.
+            alone: compute one cell at a time.
+        """
+        self.retry, self.alone = retry, alone
+        self.comparison, self.store, self.pool, self.display, self.keeps = comparison, store, pool, display, keeps
+        self.entrants = [Entrant(variant) for variant in comparison.variants]
+        self.width = self.threads = 1
+        first = comparison.variants[0].recipe().seed
+        self.seeds = list(range(first, first + comparison.seeds))
+
+    @property
+    def going(self) -> list[Entrant]:
+        """The variants that have not failed."""
+        return [entrant for entrant in self.entrants if not entrant.reason]
+
+    def run(self, report: Callable[[], None]) -> None:
+        """Go through all phases.
+
+        Args:
+            report: writes down how it stands, after each phase.
+
+        Raises:
+            Interrupted: the user stopped it.
+        """
+        for phase in (self._measure, self._tune, self._race):
+            phase()
+            report()
+
+    def _measure(self) -> None:
+        """Find out what a step of each variant costs, and from the budget how many steps it takes."""
+        trials = len(grid(self.comparison.tune)) if self.comparison.tune else 0
+        coming = max(self.comparison.seeds, trials) * len(self.entrants)
+        self.width = 1 if self.alone else self.pool.width(0, coming)
+        peaks = self._measured(self.going[:1]) + self._measured(self.going[1:])  # the first shows how many fit
+        width = 1 if self.alone else self.pool.width(max(peaks, default=0), coming)
+        if width != self.width and self.comparison.budget.kind == "seconds":  # others share the machine differently
+            self.width = width
+            self._measured(self.entrants)
+        self.width = width
+
+    def _measured(self, entrants: Sequence[Entrant]) -> list[int]:
+        self.threads = self.pool.threads(self.width)
+        singly = self.comparison.budget.kind == "seconds"  # a neighbour slows a cell down, and not all have one
+        also = f"{self.threads} threads{', singly' * singly}"
+        jobs = {}
+        for entrant in entrants:
+            recipe = entrant.variant.recipe(**entrant.fields(Budget(), {}, self.seeds[0]))
+            label = f"{entrant.variant.label} measured"
+            jobs[entrant.variant.label] = self.store.job("measure", recipe, label, keeps="", also=also)
+        self._compute("measuring", list(jobs.values()), singly)
+        peaks = []
+        for entrant in entrants:
+            job = jobs[entrant.variant.label]
+            found = job.result()
+            entrant.reason = job.failure()
+            if found is None:
+                entrant.reason = entrant.reason or "it was stopped while it was measured"
+                continue
+            try:
+                if not entrant.variant.fields.get("stages"):
+                    entrant.steps, entrant.flops = self.comparison.budget.steps(found), found["step_flops"]
+            except HoneError as error:
+                entrant.reason = str(error)
+            peaks.append(int(found["peak_memory"]))
+        return peaks
+
+    def _tune(self) -> None:
+        """Give every variant the same number of trials on one seed, and choose its best."""
+        tried = grid(self.comparison.tune) if self.comparison.tune else []
+        if not tried:
+            return
+        jobs = {}
+        for entrant in self.going:
+            for number, settings in enumerate(tried):
+                fields = entrant.fields(self.comparison.budget, settings, TUNING_SEED)
+                label = f"{entrant.variant.label} {describe(settings)}"
+                jobs[entrant.variant.label, number] = self.store.job(
+                    "run", entrant.variant.recipe(**fields), label, keeps=""
+                )
+        self._compute("tuning", list(jobs.values()))
+        for entrant in self.going:
+            found = [self._figures(entrant, jobs[entrant.variant.label, n]) for n in range(len(tried))]
+            self._choose(entrant, tried, found)
+
+    def _choose(self, entrant: Entrant, tried: Sequence[Settings], found: Sequence[dict[str, float] | str]) -> None:
+        metric = self.metric([figures for figures in found if isinstance(figures, dict)])
+        sign = 1 if better(metric) == "higher" else -1
+        best = (-math.inf, -math.inf)
+        entrant.trials = []
+        for settings, figures in zip(tried, found, strict=True):
+            value = None if isinstance(figures, str) else figures.get(metric)
+            reason = figures if isinstance(figures, str) else ""
+            entrant.trials.append({"settings": settings, "value": value, "reason": reason})
+            if value is None or isinstance(figures, str):
+                continue
+            rank = (sign * value, -figures.get("loss", math.inf))  # accuracies over a few answers are often equal
+            if rank > best:
+                best, entrant.tuned = rank, dict(settings)
+        if not entrant.tuned:
+            entrant.reason = f"every trial failed; the first: {entrant.trials[0]['reason']}"
+            return
+        entrant.note = _at_the_edge(self.comparison.tune, entrant.tuned)
+
+    def _race(self) -> None:
+        """Run every variant at its best setting on all seeds."""
+        for entrant in self.going:
+            for seed in self.seeds:
+                fields = entrant.fields(self.comparison.budget, entrant.tuned, seed)
+                label = f"{entrant.variant.label} seed {seed}"
+                entrant.jobs[seed] = self.store.job("run", entrant.variant.recipe(**fields), label, keeps=self.keeps)
+        # Seed by seed: what a comparison has found when it is stopped is as paired as it can be.
+        self._compute("running", [entrant.jobs[seed] for seed in self.seeds for entrant in self.going])
+
+    def collect(self) -> None:
+        """Read what the runs have found so far."""
+        for entrant in self.entrants:
+            for seed, job in entrant.jobs.items():
+                if job.done:
+                    found = self._figures(entrant, job)
+                    if isinstance(found, str):
+                        entrant.failures[seed] = found
+                    else:
+                        entrant.figures[seed] = found
+
+    def _figures(self, entrant: Entrant, job: Job) -> dict[str, float] | str:
+        """Return the figures of a finished run, or why there are none."""
+        if reason := job.failure():
+            return reason
+        if job.result() is None:
+            return "it was stopped"
+        try:
+            return values(job, entrant.flops)
+        except HoneError as error:
+            return str(error)
+
+    def _compute(self, what: str, jobs: Sequence[Job], singly: bool = False) -> None:
+        """Compute the cells that are not finished, each once; `singly` one after the other."""
+        for job in jobs if self.retry else []:
+            job.forget_failure()
+        open_jobs = list({job.folder: job for job in jobs if not job.done}.values())
+        if not open_jobs:
+            return
+        for job in open_jobs:
+            job.prepare()
+        total = len({job.folder for job in jobs})
+        done = total - len(open_jobs)
+        self.display.start(what, total, done)
+
+        def tick(running: Sequence[Job], finished: int) -> None:
+            self.display.update(done + finished, "now: " + ", ".join(job.label for job in running))
+
+        try:
+            for batch in [[job] for job in open_jobs] if singly else [open_jobs]:
+                self.pool.run(batch, self.width, tick)  # the width of all, which their threads follow from
+                done += len(batch)
+        finally:
+            self.display.stop()
+
+    def metric(self, found: Sequence[Mapping[str, float]]) -> str:
+        """Return the metric that ranks the variants.
+
+        Args:
+            found: the figures of runs.
+
+        Raises:
+            HoneError: no run has the metric that was asked for.
+        """
+        names = {name for figures in found for name in figures}
+        if self.comparison.metric and names and self.comparison.metric not in names:
+            hint = nearest(self.comparison.metric, names) or f"metrics: {', '.join(sorted(names))}"
+            raise HoneError(f"--metric: the runs have no '{self.comparison.metric}' ({hint})")
+        recipe = self.entrants[0].variant.recipe()
+        coming = not names and recipe.eval_samples and "accuracy" in recipe.metrics  # nothing has been found yet
+        return self.comparison.metric or ("accuracy" if coming or "accuracy" in names else "loss")
+
+    def resolution(self, metric: str) -> float:
+        """Return the smallest step of a metric: an accuracy over 100 answers moves by 0.01.
+
+        Args:
+            metric: its name.
+        """
+        recipe = self.entrants[0].variant.recipe()
+        answered = recipe.eval_samples and metric in [
+            spec if isinstance(spec, str) else spec["name"] for spec in recipe.metrics
+        ]
+        return 1 / recipe.eval_samples if answered else 0.0
+
+
+def metric_names(recipe: Recipe) -> set[str]:
+    """Return the names of the figures that a run of a recipe may have.
+
+    Args:
+        recipe: a checked recipe.
+    """
+    last = recipe.staged()[-1]
+    judged = {opt.split_spec("metric", spec)[0] for spec in last.metrics} if last.eval_samples else set()
+    general = set() if last.general_data is None else {"general_loss", "forgetting"}
+    return {"loss", *COSTS, *judged, *general}
+
+
+def better(metric: str) -> str:
+    """Return "lower" for losses and costs, "higher" for everything else."""
+    return "lower" if lower_is_better(metric) else "higher"
+
+
+def describe(settings: Settings) -> str:
+    """Return settings as a label."""
+    return " ".join(f"{path}={show(value)}" for path, value in settings.items())
+
+
+def _at_the_edge(tune: Mapping[str, Sequence[Any]], chosen: Settings) -> str:
+    """Return a warning where the best value of a number is the smallest or largest that was tried."""
+    notes = []
+    for path, tried in tune.items():
+        numbers = [value for value in tried if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        if len(numbers) > 1 and len(numbers) == len(tried) and chosen[path] in (min(numbers), max(numbers)):
+            end = "largest" if chosen[path] == max(numbers) else "smallest"
+            notes.append(f"its best {path}, {show(chosen[path])}, is the {end} that was tried")
+    return "; ".join(notes)
