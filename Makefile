@@ -12,7 +12,7 @@ export PIP_CONSTRAINT ?= $(CONSTRAINTS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format evidence bench clean
+.PHONY: help demo test lint format evidence bench docs clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,12 +33,18 @@ format: $(VENV)/.test  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix --select I src tests bench
 	$(BIN)/ruff format src tests bench
 
-evidence: $(VENV)/.test  ## run again what docs/evidence records: what the quickstart learns, over seeds
-	$(BIN)/python bench/quickstart.py --out docs/evidence/quickstart.json
+evidence: $(VENV)/.test  ## run the claims that never ran or whose source has changed, and write their pages
+	$(BIN)/hone verify all --stale
+	$(BIN)/python -m hone.evidence.pages
 
-bench: $(VENV)/.test  ## speed and memory against peers, side by side
+bench: $(VENV)/.test  ## speed and memory against peers, side by side; what the quickstart learns over seeds
 	$(BIN)/python bench/sft.py --out docs/evidence/bench-sft.json
 	$(BIN)/python bench/sft.py --adapter lora --out docs/evidence/bench-sft-lora.json
+	$(BIN)/python bench/quickstart.py --out docs/evidence/quickstart.json
+
+docs: $(VENV)/.test  ## write the pages about methods anew and build the documentation into build/site
+	$(BIN)/python -m hone.evidence.pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove the environment and what tools leave behind; runs stay
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
