@@ -14,7 +14,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from end_to_end.comparisons import prepare, row, small
 from hone.errors import HoneError, MissingPackage
@@ -33,12 +32,11 @@ def pool() -> Iterator[RayPool]:
     """A Ray of two workers that the pool starts, and ends."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "0" * 64)  # otherwise Ray writes one into the user's home
-        patch.setattr(ray_pool, "_nearby", lambda: None)
-        patch.setattr(ray_pool, "cores", lambda: 2)
-        made = RayPool()
+        with patch.context() as meanwhile:
+            meanwhile.setenv("RAY_ADDRESS", "local")
+            meanwhile.setattr(ray_pool, "cores", lambda: 2)
+            made = RayPool()
         # Ray waits a second for each of its processes; one that takes longer would be missed when it is collected.
         daemons = [thing for thing in gc.get_objects() if issubclass(type(thing), subprocess.Popen)]
         assert any("raylet" in str(process.args) for process in daemons)
@@ -74,6 +72,12 @@ def test_ray_gives_the_figures_of_this_machine_and_failures_are_rows(
     for name in ("loss", "accuracy", "tokens", "trained", "flops", "steps"):
         assert values[0][name] == values[1][name]
     assert "held-out loss" in next((tmp_path / "ray" / "cells").glob("*seed-0*/log.txt")).read_text()
+
+
+def test_a_ray_of_its_own_is_open_to_this_machine_alone(pool: RayPool) -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    open_ports = [c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert len(open_ports) >= 3 and {address.removeprefix("::ffff:") for address in open_ports} == {"127.0.0.1"}
 
 
 def test_the_cluster_says_how_many_cells_run_with_how_many_threads(
@@ -135,7 +139,7 @@ def test_where_no_cluster_answers_the_message_says_what_to_do(monkeypatch: pytes
     with socket.socket() as taken:  # bound, but nothing listens
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
         with pytest.raises(
             HoneError, match=f"^no Ray cluster answers at '{address}'. Start one with: ray start --head"
         ):

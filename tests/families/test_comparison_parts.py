@@ -17,6 +17,7 @@ from hone.evidence import compare as comparing
 from hone.evidence import source
 from hone.evidence.budget import Budget
 from hone.evidence.cells import Job, Store, content_key
+from hone.evidence.claims.tasks import GENERAL
 from hone.evidence.command import Request
 from hone.evidence.compare import compare, table
 from hone.evidence.contest import TUNING_SEED, better
@@ -448,7 +449,7 @@ def test_forgetting_is_measured_unless_it_is_switched_off(recipe: Path, tmp_path
     def general(asked: str, path: Path = recipe) -> Any:
         return Request(recipes=[str(path)], general=asked).comparison().variants[0].recipe().general_data
 
-    assert general("") == general("pydocs") == comparing.GENERAL and general("none") is None
+    assert general("") == general("pydocs") == GENERAL and general("none") is None
     assert general(str(qa_file)) == str(qa_file)
     own = write(tmp_path / "own.yaml", data=str(qa_file), steps=1, general_data=str(qa_file))
     assert general("", own) == str(qa_file) and general("none", own) is None

@@ -195,10 +195,13 @@ class Contest:
         for entrant in entrants:
             recipe = entrant.variant.recipe(**entrant.fields(Budget(), {}, self.seeds[0]))
             label = f"{entrant.variant.label} measured"
-            jobs[entrant.variant.label] = self.store.job("measure", recipe, label, keeps="", also=also)
+            try:
+                jobs[entrant.variant.label] = self.store.job("measure", recipe, label, keeps="", also=also)
+            except HoneError as error:  # its data cannot be read
+                entrant.reason = str(error)
         self._compute("measuring", list(jobs.values()), singly)
         peaks = []
-        for entrant in entrants:
+        for entrant in (entrant for entrant in entrants if entrant.variant.label in jobs):
             job = jobs[entrant.variant.label]
             found = job.result()
             entrant.reason = job.failure()

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from hone.errors import HoneError, MissingPackage
 from hone.evidence.cells import OUT_OF_MEMORY, Job
-from hone.evidence.pool import HEADROOM, Interrupted, LocalPool, Tick, cores
+from hone.evidence.pool import HEADROOM, Interrupted, LocalPool, Tick, cores, terminable
 
 SHARED = "the comparison's folder and its data must lie on storage that all machines of the cluster share"
 PATIENCE = 75.0  # seconds that a stopped task may take: a cell saves its state within the 60 s of `LocalPool`
@@ -79,26 +79,30 @@ class RayPool:
         Raises:
             Interrupted: the user stopped it; cells that were running have saved their state.
         """
-        threads = self.threads(width)
-        gpus = 1 if self._all().get("GPU") else 0
-        task = self.ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(compute)
-        waiting, running, finished = list(jobs), dict[Any, Job](), 0
+        running: dict[Any, Job] = {}
         try:
-            while waiting or running:
-                while waiting and len(running) < width:
-                    job = waiting.pop(0)
-                    job = dataclasses.replace(job, folder=job.folder.absolute())
-                    running[task.remote(job, os.getcwd(), threads, _settings())] = job
-                tick(list(running.values()), finished)
-                done, _ = self.ray.wait(list(running), timeout=1.0)
-                for reference in done:
-                    self._close(reference, running.pop(reference))
-                    finished += 1
+            with terminable():
+                self._run(list(jobs), running, width, tick)
         except KeyboardInterrupt:
             self._stop(list(running))
             raise Interrupted from None
         finally:
             self._stop(list(running))
+
+    def _run(self, waiting: list[Job], running: dict[Any, Job], width: int, tick: Tick) -> None:
+        threads, finished = self.threads(width), 0
+        gpus = 1 if self._all().get("GPU") else 0
+        task = self.ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(compute)
+        while waiting or running:
+            while waiting and len(running) < width:
+                job = waiting.pop(0)
+                job = dataclasses.replace(job, folder=job.folder.absolute())
+                running[task.remote(job, os.getcwd(), threads, _settings())] = job
+            tick(list(running.values()), finished)
+            done, _ = self.ray.wait(list(running), timeout=1.0)
+            for reference in done:
+                self._close(reference, running.pop(reference))
+                finished += 1
 
     def _close(self, reference: Any, job: Job) -> None:
         """Note how a task ended that has left neither a result nor a reason."""

@@ -19,6 +19,9 @@ def average_better_than_last(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort short lists in 100 small steps at a constant rate, each side at its best of
     four learning rates; the mean is over the last ten steps or so.
+
+    Finding: lower at every rate that was tried, by more where the rate is larger; both sides do best at 5e-4, the
+    smallest.
     """
     return Trial(
         recipe=CONSTANT, baseline=Side(label="last weights", settings={}), tune={"optimizer.lr": SMALL_RATES},
@@ -37,6 +40,9 @@ def early_stop_saves_steps(scratch: Path) -> Trial:
     """Stopping when the held-out loss no longer falls takes fewer steps and ends lower.
 
     Task: the shipped model reads 60 sorting problems some 12 times over, evaluated every ten of 100 steps.
+
+    Finding: it stops after 60 to 80 of the 100 steps, and ends neither lower nor higher: at this rate the held-out
+    loss of the model that learns its 60 problems by heart levels out rather than turns up.
     """
     return Trial(
         recipe=OVERFIT, baseline=Side(label="all steps", settings={}),

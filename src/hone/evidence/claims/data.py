@@ -46,14 +46,15 @@ def files_same_as_generated(scratch: Path) -> Trial:
 def hub_same_as_generated(scratch: Path) -> Trial:
     """A folder of the datasets library trains exactly what the source that wrote it trains.
 
-    Task: 3,000 sorting problems, generated or read from an Arrow folder, in 40 steps of the shipped model; the held-out
-    loss. A folder stands in for the Hub, which the same code reads.
+    Task: 3,000 sorting problems, generated or read from a Parquet folder, in 40 steps of the shipped model; the
+    held-out loss. A folder stands in for the Hub, which the same code reads.
     """
     from datasets import Dataset
 
     path = scratch / "sort"
     if not path.exists():
-        Dataset.from_list(_rows()).save_to_disk(str(path))
+        path.mkdir()
+        Dataset.from_list(_rows()).to_parquet(str(path / "train.parquet"))
     return _same(path, "hub")
 
 
@@ -63,9 +64,13 @@ def mix_replay(scratch: Path) -> Trial:
 
     Task: 40 steps of sorting, alone or with one page of Python's documentation to every four problems; forgetting on
     held-out pages, and the loss on sorting, which may be higher by 0.2 at most since there is less of it.
+
+    Finding: the model forgets 0.076 less, as claimed. Pages make up more than half of the tokens then, and the loss
+    on sorting is higher by 0.19, with an interval that reaches beyond the margin. At one page to twenty problems
+    there was no effect on forgetting (-0.003, -0.072 to 0.041).
     """
     pages = {"name": "pydocs", "task": "text", "max_tokens": 256}
-    mixed = {"name": "mix", "sources": [SORTING, pages], "weights": [20.0, 1.0], "max_tokens": 256}
+    mixed = {"name": "mix", "sources": [SORTING, pages], "weights": [4.0, 1.0], "max_tokens": 256}
     return Trial(
         recipe=SHARED, baseline=Side(label="sorting alone", settings={"data": SORTING}),
         method=Side(label="with replay", settings={"data": mixed}),
@@ -83,6 +88,10 @@ def chains_worked_steps(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort short lists in 60 steps, with or without the worked steps, at the same tokens
     (so that it sees more problems without them); the accuracy of generated answers.
+
+    Finding: at the same tokens answers alone are right more often, by 13 points. A short list is sorted at a glance,
+    and without the work twice as many lists fit into the 60,000 tokens; the claim is about problems that cannot be
+    answered at once.
     """
     bare = {**ANSWERS["data"], "steps": False}
     return Trial(

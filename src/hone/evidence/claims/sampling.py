@@ -51,6 +51,9 @@ def sample_nucleus_repeats_less(scratch: Path) -> Trial:
     """Text drawn from the nucleus (top_p 0.95) repeats itself less than greedy text.
 
     Task: the shipped model writes docstrings to 30 held-out functions; the share of word 4-grams that came before.
+
+    Finding: almost half of the 4-grams of greedy text came before, none of the drawn text's. The model does not train
+    here, so that the greedy side is one text for all seeds.
     """
     nucleus = {"name": "sample", "temperature": 1.0, "top_p": 0.95}
     return Trial(
