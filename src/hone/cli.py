@@ -175,7 +175,8 @@ def compare(
     )  # fmt: skip
     result, lines = run_comparison(request)
     print(json.dumps(result) if as_json else "\n".join(lines))
-    raise SystemExit(0 if result["status"] == "finished" else 130)
+    failed = all(row["status"] == "failed" for row in result["variants"])
+    raise SystemExit(130 if result["status"] != "finished" else int(failed))
 
 
 @app.command()

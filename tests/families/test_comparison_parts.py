@@ -339,7 +339,7 @@ def test_failed_variants_come_last_with_their_reason_and_partial_ones_before_the
     assert "held-out loss is nan" in rows[6]["reason"]
     assert rows[2]["difference"] is None  # the baseline, rank 8, has nothing to be compared with
     text = "\n".join(table(result))
-    assert "adapter.rank=8  failed: rank 8 broke" in text and "note: adapter.rank=4: rank 4 broke" in text
+    assert "adapter.rank=8: failed: rank 8 broke" in text and "note: adapter.rank=4: rank 4 broke" in text
 
 
 def test_failed_cells_stay_failed_until_retry_is_asked_for(ask: Callable[..., dict[str, Any]]) -> None:
@@ -460,7 +460,7 @@ def test_the_table_shows_accuracies_as_percentages_and_a_lone_seed_without_inter
 ) -> None:
     lines = table(ask(Made(learned), "adapter.rank=2,8", seeds=1))
     assert "accuracy (higher is better), steps=10 each, seeds [0]" in lines[0]
-    shown = [line.split() for line in lines if line.startswith("adapter.rank")]
+    shown = [line.split() for line in lines if line.startswith("adapter.rank")][:2]  # then come the costs
     assert [words[1] for words in shown] == ["80.0%", "20.0%"] and [words[2] for words in shown] == ["-", "-"]
     more = "\n".join(table(ask(Made(learned), "adapter.rank=2,8", seeds=3)))
     assert "+60 points: better (p " in more and "the baseline" in more

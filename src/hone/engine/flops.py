@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 if TYPE_CHECKING:
     from hone.engine.loop import Trainer
@@ -26,7 +26,13 @@ def _backward(
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-_CPU_ATTENTION = {  # torch has no formula for these two; like its own ones, they count the masked half of causal scores
+def _added(total: Sequence[int], left: Sequence[int], right: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return mm_flop(left, right)
+
+
+# What torch has no formula for; those of attention count the masked half of causal scores, as its own do.
+_UNCOUNTED = {
+    torch.ops.aten.addmm_: _added,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
@@ -40,7 +46,7 @@ def count_flops(trainer: Trainer, trees: Sequence[Tree]) -> int:
         trees: what it trains on.
     """
     limit, trainer.limit = trainer.limit, min(trainer.limit, SHORT)
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         trainer.train_step(trees)
     trainer.limit = limit
     return int(counter.get_total_flops())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import math
 import re
@@ -133,7 +134,8 @@ def content_key(recipe: Recipe, also: str = "") -> str:
         parts.update((kind, opt.split_spec(kind, spec)[0]) for kind, spec in named if spec is not None)
         data += [stage.build(name).fingerprint() for name in DATA_FIELDS if getattr(stage, name) is not None]
         models.append(_model_state(stage))
-    content = [plain, sorted(parts), data, models, source.run_hash(sorted(parts)), also]
+    torch = importlib.metadata.version("torch")
+    content = [plain, sorted(parts), data, models, source.run_hash(sorted(parts)), torch, also]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -216,6 +218,8 @@ def _work(folder: Path) -> None:
         short = f"{type(error).__name__}: {text[0] if text else ''}"
         memory = "alloc" in short and "memory" in short  # torch on the CPU raises a plain RuntimeError
         job.fail(f"{OUT_OF_MEMORY}: {short}" if memory else f"{short} (the traceback is in {folder / 'log.txt'})")
+    if job.failure() and not job.keeps:
+        shutil.rmtree(job.run, ignore_errors=True)  # the log says why; a state to go on from is of no use
 
 
 def _train(job: Job) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,14 @@ def run_comparison(request: Request) -> tuple[dict[str, Any], list[str]]:
     comparison = request.comparison()
     out = request.out or Path("runs") / f"compare-{comparison.name}-{comparison.key}"
     display = Display()
-    display.say(f"{len(comparison.variants)} variants, {comparison.seeds} seeds: {out}")
+    count = len(comparison.variants)
+    display.say(f"{count} variant{'s' * (count > 1)}, {comparison.seeds} seed{'s' * (comparison.seeds > 1)}: {out}")
+    differing = [v for v in comparison.variants if _own_loss(v.fields) != _own_loss(comparison.variants[0].fields)]
+    if differing and request.metric in ("", "loss"):
+        display.say(
+            "note: the variants differ in objective or data, so that their losses measure different things; rank by "
+            "something else, e.g. --metric accuracy or general_loss", style="yellow",
+        )  # fmt: skip
     result = compare(comparison, out, pool=open_pool(request.on, request.jobs), display=display, retry=request.retry)
     lines = table(result)
     if result["status"] != "finished":
@@ -92,6 +99,12 @@ def run_comparison(request: Request) -> tuple[dict[str, Any], list[str]]:
     following = [f"  hone sample {cells[0]} --prompt '...'"] if cells else []
     following += [f"  hone report {' '.join(cells)}"] if len(cells) > 1 else []
     return result, [*lines, "", f"report: {result['report']}", "next:", *following]
+
+
+def _own_loss(fields: Mapping[str, Any]) -> list[Any]:
+    """Return what the meaning of a held-out loss depends on."""
+    held_out = fields.get("eval_data") or fields.get("data")
+    return [fields.get("objective", "sft"), held_out]
 
 
 def open_pool(on: str, jobs: int | None) -> Pool:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hone.engine.manifest import machine, versions
-from hone.engine.progress import Display, clock
+from hone.engine.progress import Display
 from hone.errors import HoneError
 from hone.evidence.cells import Store
 from hone.evidence.contest import Comparison, Contest, Entrant, better
-from hone.evidence.layout import SHARE
+from hone.evidence.layout import SHARE, quantity, title
 from hone.evidence.pool import Interrupted, LocalPool, Pool
 from hone.evidence.statistics import holm, interval, paired, verdict
 from hone.evidence.variants import show
@@ -160,33 +160,49 @@ def _open(out: Path, comparison: Comparison) -> float:
     return 0.0
 
 
+COSTS = ("training_seconds", "peak_memory", "trained", "flops", "forgetting")
+LONGEST = 160  # characters of a reason; the log has the rest
+
+
 def table(result: Mapping[str, Any]) -> list[str]:
-    """Return a comparison as lines of text: the ranked variants, what differs, what failed, and what to do next.
+    """Return a comparison as lines of text: the ranked variants, what differs, what it cost, what failed.
 
     Args:
         result: what `compare` returned.
     """
     metric, rows = result["metric"], result["variants"]
-    width = max(len(row["label"]) for row in rows)
-    percent = metric == "accuracy"
-    amount = f"{result['budget']['kind']}={result['budget']['amount']:,g}"
-    lines = [f"{result['name']}: {metric} ({result['better']} is better), {amount} each, seeds {result['seeds']}", ""]
-    head = f"{'variant':<{width}}  {metric:>10}  {'95% interval':>18}  {'against the baseline':<44}"
-    lines.append(f"{head}  {'time':>9}  {'memory':>9}")
-    for row in rows:
-        summary = row["summary"]
-        if metric not in summary:
-            lines.append(f"{row['label']:<{width}}  {row['status']}: {row['reason']}")
-            continue
-        seconds, memory = summary["training_seconds"]["mean"], summary["peak_memory"]["mean"]
-        lines.append(
-            f"{row['label']:<{width}}  {_number(summary[metric]['mean'], percent):>10}  "
-            f"{_span(summary[metric], percent):>18}  {_against(row, result, percent):<44}  {clock(seconds):>9}  "
-            f"{memory / 2**20:>5,.0f} MiB"
-        )
+    measured = [row for row in rows if metric in row["summary"]]
+    percent = metric == SHARE
+    amount = f"{result['budget']['kind']}={result['budget']['amount']:,g} each"
+    if len({row["steps"] for row in measured}) > 1 and result["budget"]["kind"] == "steps":
+        amount = "as many steps as each recipe says"
+    head = f"{result['name']}: {metric} ({result['better']} is better), {amount}, seeds {result['seeds']}"
+    quality = [["variant", metric, "95% interval", "against the baseline"]]
+    quality += [
+        [row["label"], _number(row["summary"][metric]["mean"], percent), _span(row["summary"][metric], percent),
+         _against(row, result, percent)] for row in measured
+    ]  # fmt: skip
+    cost = [["cost", *(title(name) for name in COSTS)]]
+    cost += [
+        [row["label"], *(quantity(name, row["summary"].get(name, {}).get("mean")) for name in COSTS)]
+        for row in measured
+    ]
+    lines = [head, "", *_columns(quality), "", *_columns(cost)] if measured else [head]
+    lines += [f"{row['label']}: {row['status']}: {short(row['reason'])}" for row in rows if row not in measured]
     lines += [f"note: {row['label']}: {row['note']}" for row in rows if row["note"]]
-    lines += [f"note: {row['label']}: {row['reason']}" for row in rows if row["reason"] and metric in row["summary"]]
+    lines += [f"note: {row['label']}: {short(row['reason'])}" for row in measured if row["reason"]]
     return lines
+
+
+def short(reason: str) -> str:
+    """Return a reason on one line of a terminal."""
+    text = " ".join(reason.split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _number(value: float, percent: bool) -> str:

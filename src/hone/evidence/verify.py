@@ -104,7 +104,7 @@ def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path
         name=one.id, variants=sides, seeds=trial.seeds, budget=Budget.read(trial.budget), tune=trial.tune,
         metric=trial.metric if trial.tune else "",
     )  # fmt: skip
-    contest = Contest(comparison, store, pool, display, keeps="", alone=trial.alone)
+    contest = Contest(comparison, store, pool, display, keeps="", alone=trial.alone, retry=True)
     contest.run(lambda: None)
     contest.collect()
     baseline, method = contest.entrants
@@ -155,7 +155,7 @@ def _side(entrant: Entrant, contest: Contest) -> dict[str, Any]:
     found = {name: [_short(entrant.figures.get(seed, {}).get(name)) for seed in contest.seeds] for name in names}
     trials = [{**trial, "value": _short(trial["value"])} for trial in entrant.trials]
     return {"label": entrant.variant.label, "settings": entrant.variant.settings, "tuned": entrant.tuned,
-            "note": entrant.note, "steps": entrant.steps, "trials": trials, "values": found}  # fmt: skip
+            "note": entrant.note, "steps": entrant.length, "trials": trials, "values": found}  # fmt: skip
 
 
 def _short(value: float | None) -> float | None:
