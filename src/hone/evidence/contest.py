@@ -20,6 +20,7 @@ from hone.evidence.variants import Settings, Variant, grid, show
 from hone.recipe import Recipe
 
 TUNING_SEED = 1_000_003  # apart from the seeds that are compared, so that no variant is chosen on them
+SAVE_SECONDS = 30.0  # of training between checkpoints: what a run loses when its process is killed
 COSTS = ("training_seconds", "tokens_per_second", "peak_memory", "trained", "flops", "tokens", "steps")
 
 
@@ -88,6 +89,7 @@ class Entrant:
         variant: what competes.
         steps: optimizer steps of its runs, None until the budget is known, and where stages have lengths of their own.
         flops: operations of a step; None for stages, of which the first alone is measured.
+        saves: steps between the checkpoints of runs whose recipe asks for none.
         reason: why it is out, "" while it is not.
         tuned: the settings it does best with.
         trials: what each setting that was tried gave.
@@ -100,6 +102,7 @@ class Entrant:
     variant: Variant
     steps: int | None = None
     flops: float | None = None
+    saves: int | None = None
     reason: str = ""
     tuned: Settings = field(default_factory=dict)
     trials: list[dict[str, Any]] = field(default_factory=list)
@@ -122,7 +125,8 @@ class Entrant:
             seed: its seed.
         """
         length = {} if budget.kind == "recipe" else {"steps": self.steps, "epochs": None}
-        return {**settings, **length, "seed": seed}
+        own = self.variant.fields.get("checkpoint_every") or not self.saves
+        return {**settings, **length, **({} if own else {"checkpoint_every": self.saves}), "seed": seed}
 
 
 class Contest:
@@ -211,6 +215,7 @@ class Contest:
             try:
                 if not entrant.variant.fields.get("stages"):
                     entrant.steps, entrant.flops = self.comparison.budget.steps(found), found["step_flops"]
+                    entrant.saves = max(1, round(SAVE_SECONDS / found["step_seconds"]))
             except HoneError as error:
                 entrant.reason = str(error)
             peaks.append(int(found["peak_memory"]))
