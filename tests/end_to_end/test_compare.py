@@ -246,7 +246,9 @@ def test_each_variant_is_tuned_by_the_same_trials_on_a_seed_of_its_own(top: Path
 
 def test_a_variant_is_out_when_every_trial_diverges(top: Path, mine: Path) -> None:
     out = ("--set", "adapter=full", "--seeds", "1", "--metric", "loss", "--tune", "optimizer.lr=1e29,1e30")
-    (entry,) = found(mine, top / "hopeless", *out)["variants"]
+    said = say(mine, top / "hopeless", *out, "--json")
+    (entry,) = json.loads(said.out)["variants"]
+    assert said.status == 1  # nothing came of it
     assert entry["status"] == "failed" and entry["reason"].startswith("every trial failed; the first: step ")
     assert [trial["value"] for trial in entry["trials"]] == [None, None] and entry["cells"] == {}
 
@@ -339,7 +341,7 @@ def test_what_was_killed_or_stopped_goes_on_where_it_was(tmp_path: Path, tiny_mo
     said, warned = process.communicate(timeout=90)
     assert process.returncode == 130, warned
     assert "stopped; finished runs are kept. Go on with:  hone compare " in said and "--vary steps=3,300" in said
-    assert "steps=300  running" in said and "Traceback" not in warned
+    assert "steps=300: running" in said and "Traceback" not in warned
     assert len(list(tmp_path.glob("cells/*=300-seed*/run/checkpoints/step-*"))) == 1
     assert not list(tmp_path.glob("cells/*/failure.json"))
 

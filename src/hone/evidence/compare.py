@@ -174,7 +174,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
     measured = [row for row in rows if metric in row["summary"]]
     percent = metric == SHARE
     amount = f"{result['budget']['kind']}={result['budget']['amount']:,g} each"
-    if len({row["steps"] for row in measured}) > 1 and result["budget"]["kind"] == "steps":
+    if len({row["steps"] for row in rows} - {None}) > 1 and result["budget"]["kind"] == "steps":
         amount = "as many steps as each recipe says"
     head = f"{result['name']}: {metric} ({result['better']} is better), {amount}, seeds {result['seeds']}"
     quality = [["variant", metric, "95% interval", "against the baseline"]]
@@ -188,7 +188,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
         for row in measured
     ]
     lines = [head, "", *_columns(quality), "", *_columns(cost)] if measured else [head]
-    lines += [f"{row['label']}: {row['status']}: {short(row['reason'])}" for row in rows if row not in measured]
+    lines += [": ".join(filter(None, (r["label"], r["status"], short(r["reason"])))) for r in rows if r not in measured]
     lines += [f"note: {row['label']}: {row['note']}" for row in rows if row["note"]]
     lines += [f"note: {row['label']}: {short(row['reason'])}" for row in measured if row["reason"]]
     return lines

@@ -45,7 +45,7 @@ from hone.recipe import read_yaml
 TONES = {"better": "good", "worse": "bad", "failed": "bad", "baseline": "", "running": "warn"}
 UNSHOWN = "no difference shown"
 SPENT = ("training_seconds", "tokens_per_second", "peak_memory", "trained", "flops")  # what the table says it cost
-OWN_FIELDS = ("out", "seed", "name", "about")  # of a recipe: what every cell has its own of, or what is no setting
+OWN_FIELDS = ("out", "seed", "name", "about", "checkpoint_every")  # what every cell has its own of, or is no setting
 
 
 def write_comparison(folder: Path) -> Path:
