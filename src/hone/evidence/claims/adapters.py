@@ -66,6 +66,8 @@ def lora_weight_decomposed(scratch: Path) -> Trial:
     """Training the norms of the rows apart from their directions (DoRA) learns more than LoRA of the same rank.
 
     Task: the shipped model learns to sort in 40 steps with rank 4, each side at its best of four learning rates.
+
+    Finding: DoRA ends lower by 0.021 in the mean, which five seeds do not tell from 0.
     """
     lora = {"name": "lora", "rank": 4}
     return Trial(
@@ -81,6 +83,9 @@ def full_learns_more(scratch: Path) -> Trial:
     """Full training learns more in the same steps than low-rank updates do.
 
     Task: the shipped model learns to sort in 40 steps, each side at its best of four learning rates.
+
+    Finding: full training ends lower by 0.021, with an interval that includes 0: rank 8 on all linear layers is
+    nearly enough for this skill, at three times the learning rate.
     """
     return Trial(
         recipe=SORT, baseline=LORA, method=FULL, tune=TUNED, paper=_FORGETS,
