@@ -16,6 +16,7 @@ from hone.errors import HoneError, RecipeError, nearest
 from hone.evidence.store import Evidence, overall, stored
 from hone.recipe import LIST_FIELDS, PART_FIELDS, SHIPPED, Recipe, parse_value, read_yaml, shipped
 
+KINDS = (*parts.KINDS, "recipe")
 ENOUGH = {"data": "chains", "steps": 100}  # what a recipe cannot do without; a snippet adds it
 ALSO = {"callback": {"eval_every": 50}}  # callbacks may wait for evaluations, so a snippet makes some
 WORDS = {"int": "integer", "float": "number", "bool": "true or false", "str": "text", "Any": "anything"}
@@ -143,9 +144,8 @@ def entries(kind: str | None = None) -> list[Entry]:
     Raises:
         HoneError: there is no such kind.
     """
-    kinds = (*parts.KINDS, "recipe")
-    if kind is not None and kind not in kinds:
-        raise HoneError(f"there is no kind '{kind}' ({nearest(kind, kinds) or 'kinds: ' + ', '.join(kinds)})")
+    if kind is not None and kind not in KINDS:
+        raise HoneError(f"there is no kind '{kind}' ({nearest(kind, KINDS) or 'kinds: ' + ', '.join(KINDS)})")
     results: dict[tuple[str, str], list[Evidence]] = {}
     for evidence in stored(kind):
         results.setdefault((evidence.kind, evidence.name), []).append(evidence)

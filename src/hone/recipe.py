@@ -152,6 +152,12 @@ class Recipe:
             return [opt.build_part(LIST_FIELDS[part_field], spec) for spec in value]
         return None if value is None else opt.build_part(PART_FIELDS[part_field], value)
 
+    def named(self) -> list[tuple[str, Any]]:
+        """Return (kind, what the recipe says) of every part that it names; those of its stages are not among them."""
+        single = [(kind, getattr(self, name)) for name, kind in PART_FIELDS.items()]
+        listed = [(kind, spec) for name, kind in LIST_FIELDS.items() for spec in getattr(self, name)]
+        return [(kind, spec) for kind, spec in (*single, *listed) if spec is not None]
+
     def plain(self) -> dict[str, Any]:
         """Return the recipe as a plain mapping, defaults included; `Recipe.of(**plain)` gives it back."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -270,8 +276,12 @@ def _walk(node: yaml.Node | None, at: str, lines: dict[str, int], problems: list
             _walk(value, f"{at}.{index}" if at else str(index), lines, problems, file)
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str, path: str = "") -> Any:
     """Read the value of a setting as YAML, the way recipe files are read.
+
+    Args:
+        text: the value.
+        path: dotted path of the setting, for the message; "" names the value itself.
 
     Raises:
         RecipeError: it is not valid YAML.
@@ -279,7 +289,7 @@ def parse_value(text: str) -> Any:
     try:
         return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
-        raise RecipeError([Problem(text, f"the value is not valid YAML: {error}", "--set")]) from error
+        raise RecipeError([Problem(path or text, f"the value is not valid YAML: {error}", "--set")]) from error
 
 
 def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem | None:
@@ -288,9 +298,9 @@ def _override(raw: dict[str, Any], lines: dict[str, int], text: str) -> Problem 
     if not equals or not path:
         return Problem(text, "expected key=value", "--set")
     try:
-        value = _Loader(value_text).get_single_data()
-    except yaml.YAMLError as error:
-        return Problem(path, f"the value is not valid YAML: {error}", "--set")
+        value = parse_value(value_text, path)
+    except RecipeError as error:
+        return error.problems[0]
     if problem := assign(raw, path, value):
         return problem
     for known in [p for p in lines if p == path or p.startswith(path + ".")]:

@@ -22,7 +22,7 @@ from hone.evidence.command import Request
 from hone.evidence.compare import compare, table
 from hone.evidence.contest import TUNING_SEED, better
 from hone.evidence.pool import Interrupted, Tick
-from hone.evidence.variants import Variant, expand, grid, list_settings, read_settings
+from hone.evidence.variants import Variant, expand, grid, read_settings
 from hone.files import write_whole
 from hone.recipe import Recipe
 
@@ -122,10 +122,7 @@ def test_settings_that_do_not_fit_the_recipe_are_refused(recipe: Path, vary: str
         variants(recipe, vary)
 
 
-def test_settings_are_listed_with_parts_opened() -> None:
-    fields = {"adapter": {"name": "lora", "rank": 2}, "callbacks": [{"name": "average"}], "about": {}}
-    opened = {"adapter.name": "lora", "adapter.rank": 2, "callbacks": [{"name": "average"}], "about": {}}
-    assert list_settings(fields) == opened
+def test_a_grid_holds_every_combination_and_one_of_nothing() -> None:
     assert grid({}) == [{}] and grid({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import hone
 from hone import options, parts
-from hone.recipe import LIST_FIELDS, PART_FIELDS, Recipe
+from hone.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "numpy", "peft")
 
@@ -43,11 +43,9 @@ def machine() -> str:
 
 def source_hashes(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 of the source file of every part that a recipe names."""
-    specs = [(kind, getattr(recipe, field)) for field, kind in PART_FIELDS.items()]
-    specs += [(kind, spec) for field, kind in LIST_FIELDS.items() for spec in getattr(recipe, field)]
     found = {}
-    for kind, spec in specs:
-        if spec is not None and (record := parts.find(kind, options.split_spec(kind, spec)[0])) is not None:
+    for kind, spec in recipe.named():
+        if (record := parts.find(kind, options.split_spec(kind, spec)[0])) is not None:
             found[f"{kind}:{record.name}"] = hashlib.sha256(Path(record.path).read_bytes()).hexdigest()
     return found
 

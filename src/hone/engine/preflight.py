@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
     shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)]
     for number, pieces in enumerate(shown, 1):
         _print_sample(number, pieces, display)
-    return replace(_measure(bench, recipe, _rehearse_save, _rehearse_evaluation(display)), samples=shown)
+    return replace(_measure(bench, recipe, display, whole=True), samples=shown)
 
 
 def measure(recipe: Recipe, display: Display) -> Rehearsal:
@@ -114,7 +113,7 @@ def measure(recipe: Recipe, display: Display) -> Rehearsal:
         HoneError: a launcher started several processes.
     """
     recipe, bench = _assembled(recipe, display)
-    return _measure(bench, recipe)
+    return _measure(bench, recipe, display, whole=False)
 
 
 def _assembled(recipe: Recipe, display: Display) -> tuple[Recipe, Bench]:
@@ -126,18 +125,13 @@ def _assembled(recipe: Recipe, display: Display) -> tuple[Recipe, Bench]:
     return recipe, assemble(recipe, cluster, display)
 
 
-def _measure(
-    bench: Bench,
-    recipe: Recipe,
-    save: Callable[[Bench], tuple[float, int]] = lambda bench: (0.0, 0),
-    evaluate: Callable[[Bench], float] = lambda bench: 0.0,
-) -> Rehearsal:
+def _measure(bench: Bench, recipe: Recipe, display: Display, *, whole: bool) -> Rehearsal:
     trainer, run = Trainer(bench.run), bench.run
     longest = _longest(bench, recipe.batch_tokens)
     trainer.train_step(longest)
     rows = [trainer.train_step(trees) for trees in itertools.islice(run.loader, TYPICAL)]
-    checkpoint_seconds, size = save(bench)
-    evaluation_seconds = evaluate(bench)
+    checkpoint_seconds, size = _rehearse_save(bench) if whole else (0.0, 0)
+    evaluation_seconds = _rehearse_evaluation(bench, display) if whole else 0.0
     peak, model = run.cluster.peak_memory(), describe_model(bench)
     step_tokens = _step_tokens(bench) or float(np.mean([row["tokens"] for row in rows]))
     step_seconds = float(np.mean([row["seconds"] for row in rows]))
@@ -174,13 +168,11 @@ def _rehearse_save(bench: Bench) -> tuple[float, int]:
     return seconds, size
 
 
-def _rehearse_evaluation(display: Display) -> Callable[[Bench], float]:
-    def timed(bench: Bench) -> float:
-        began = time.perf_counter()
-        bench.evaluate(display)
-        return time.perf_counter() - began
-
-    return timed
+def _rehearse_evaluation(bench: Bench, display: Display) -> float:
+    """Evaluate once; return the seconds that it took."""
+    began = time.perf_counter()
+    bench.evaluate(display)
+    return time.perf_counter() - began
 
 
 def _first(bench: Bench, count: int) -> list[Tree]:

@@ -18,7 +18,7 @@ from hone import options as opt
 from hone.errors import HoneError
 from hone.evidence import source
 from hone.files import write_whole
-from hone.recipe import DATA_FIELDS, LIST_FIELDS, PART_FIELDS, Recipe
+from hone.recipe import DATA_FIELDS, Recipe
 
 Task = Literal["run", "measure"]
 _NO_MATTER = ("out", "name", "about", "trackers", "keep", "checkpoint_every")  # what changes no figure of a run
@@ -129,9 +129,7 @@ def content_key(recipe: Recipe, also: str = "") -> str:
     data: list[str] = []
     models: list[list[Any]] = []
     for stage in recipe.staged():
-        named = [(kind, getattr(stage, name)) for name, kind in PART_FIELDS.items()]
-        named += [(kind, spec) for name, kind in LIST_FIELDS.items() for spec in getattr(stage, name)]
-        parts.update((kind, opt.split_spec(kind, spec)[0]) for kind, spec in named if spec is not None)
+        parts.update((kind, opt.split_spec(kind, spec)[0]) for kind, spec in stage.named())
         data += [stage.build(name).fingerprint() for name in DATA_FIELDS if getattr(stage, name) is not None]
         models.append(_model_state(stage))
     torch = importlib.metadata.version("torch")

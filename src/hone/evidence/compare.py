@@ -13,14 +13,13 @@ from hone.engine.manifest import machine, versions
 from hone.engine.progress import Display
 from hone.errors import HoneError
 from hone.evidence.cells import Store
-from hone.evidence.contest import Comparison, Contest, Entrant, better
+from hone.evidence.contest import LEVEL, Comparison, Contest, Entrant, better
 from hone.evidence.layout import SHARE, quantity, title
 from hone.evidence.pool import Interrupted, LocalPool, Pool
 from hone.evidence.statistics import holm, interval, paired, verdict
+from hone.evidence.store import columns
 from hone.evidence.variants import show
 from hone.files import write_whole
-
-LEVEL = 0.95
 
 
 def standing(contest: Contest, seconds: float) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
         [row["label"], *(quantity(name, row["summary"].get(name, {}).get("mean")) for name in COSTS)]
         for row in measured
     ]
-    lines = [head, "", *_columns(quality), "", *_columns(cost)] if measured else [head]
+    lines = [head, "", *columns(quality), "", *columns(cost)] if measured else [head]
     lines += [": ".join(filter(None, (r["label"], r["status"], short(r["reason"])))) for r in rows if r not in measured]
     lines += [f"note: {row['label']}: {row['note']}" for row in rows if row["note"]]
     lines += [f"note: {row['label']}: {short(row['reason'])}" for row in measured if row["reason"]]
@@ -198,11 +197,6 @@ def short(reason: str) -> str:
     """Return a reason on one line of a terminal."""
     text = " ".join(reason.split())
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _number(value: float, percent: bool) -> str:

@@ -20,6 +20,7 @@ from hone.evidence.variants import Settings, Variant, grid, show
 from hone.recipe import Recipe
 
 TUNING_SEED = 1_000_003  # apart from the seeds that are compared, so that no variant is chosen on them
+LEVEL = 0.95  # of every interval
 SAVE_SECONDS = 30.0  # of training between checkpoints: what a run loses when its process is killed
 COSTS = ("training_seconds", "tokens_per_second", "peak_memory", "trained", "flops", "tokens", "steps")
 
@@ -170,14 +171,16 @@ class Contest:
         """Go through all phases.
 
         Args:
-            report: writes down how it stands, after each phase.
+            report: writes down how it stands between two phases.
 
         Raises:
             Interrupted: the user stopped it.
         """
-        for phase in (self._measure, self._tune, self._race):
-            phase()
-            report()
+        self._measure()
+        report()
+        self._tune()
+        report()
+        self._race()
 
     def _measure(self) -> None:
         """Find out what a step of each variant costs, and from the budget how many steps it takes."""

@@ -96,14 +96,8 @@ class LocalPool:
             Interrupted: the user stopped it; cells that were running have saved their state.
         """
         running: dict[BaseProcess, tuple[Job, int]] = {}
-        try:
-            with terminable():
-                self._run(list(jobs), running, width, tick)
-        except KeyboardInterrupt:
-            _stop(list(running))
-            raise Interrupted from None
-        finally:
-            _stop(list(running))
+        with orderly(lambda: _stop(list(running))):
+            self._run(list(jobs), running, width, tick)
 
     def _run(self, waiting: list[Job], running: dict[BaseProcess, tuple[Job, int]], width: int, tick: Tick) -> None:
         finished = 0
@@ -133,7 +127,27 @@ class LocalPool:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
+def orderly(stop: Callable[[], None]) -> Iterator[None]:
+    """Leave nothing running behind, and say so with `Interrupted` where the user stopped it.
+
+    Args:
+        stop: lets what runs save its state, and waits for its end.
+
+    Raises:
+        Interrupted: the user stopped it.
+    """
+    try:
+        with _terminable():
+            yield
+    except KeyboardInterrupt:
+        stop()
+        raise Interrupted from None
+    finally:
+        stop()
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
     """Let SIGTERM, which schedulers and service managers send, stop in as orderly a way as Ctrl-C does."""
     try:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -195,7 +209,7 @@ def _stop(processes: Sequence[BaseProcess], patience: float = 60.0) -> None:
 
 
 @contextlib.contextmanager
-def _environment(**settings: str):  # type: ignore[no-untyped-def]  # a generator of nothing
+def _environment(**settings: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -209,7 +223,7 @@ def _environment(**settings: str):  # type: ignore[no-untyped-def]  # a generato
 
 
 @contextlib.contextmanager
-def _empty_main():  # type: ignore[no-untyped-def]  # a generator of nothing
+def _empty_main() -> Iterator[None]:
     """Keep children from running the user's script once more, of which they need nothing."""
     before = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

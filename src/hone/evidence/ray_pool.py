@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from hone.errors import HoneError, MissingPackage
 from hone.evidence.cells import OUT_OF_MEMORY, Job
-from hone.evidence.pool import HEADROOM, Interrupted, LocalPool, Tick, cores, terminable
+from hone.evidence.pool import HEADROOM, LocalPool, Tick, cores, orderly
 
 SHARED = "the comparison's folder and its data must lie on storage that all machines of the cluster share"
 PATIENCE = 75.0  # seconds that a stopped task may take: a cell saves its state within the 60 s of `LocalPool`
@@ -80,14 +80,8 @@ class RayPool:
             Interrupted: the user stopped it; cells that were running have saved their state.
         """
         running: dict[Any, Job] = {}
-        try:
-            with terminable():
-                self._run(list(jobs), running, width, tick)
-        except KeyboardInterrupt:
-            self._stop(list(running))
-            raise Interrupted from None
-        finally:
-            self._stop(list(running))
+        with orderly(lambda: self._stop(list(running))):
+            self._run(list(jobs), running, width, tick)
 
     def _run(self, waiting: list[Job], running: dict[Any, Job], width: int, tick: Tick) -> None:
         threads, finished = self.threads(width), 0

@@ -15,7 +15,7 @@ from typing import Any
 from hone.errors import HoneError
 
 RESULTS = Path(__file__).parent / "results"
-VERDICTS = ("holds", "not at this scale", "contradicted", "failed")
+VERDICTS = ("holds", "not at this scale", "contradicted", "failed")  # from best to worst
 _NEEDED = ("kind", "name", "claim", "says", "verdict", "source")
 
 
@@ -105,7 +105,7 @@ class Evidence:
             lines.append(f"  {metric}: expected {expected}; difference found {found}: {verdict}")
         if rows := self.figures():
             head = ["metric", "side", *(f"seed {seed}" for seed in self.seeds())]
-            lines += [f"  {line}" for line in _columns([head, *([metric, side, *v] for metric, side, v in rows)])]
+            lines += [f"  {line}" for line in columns([head, *([metric, side, *v] for metric, side, v in rows)])]
         said = (("finding", self.finding), ("failed", self.reason()))
         lines += [f"  {label}: {text}" for label, text in said if text]
         lines += [f"  settings of {label}: {text}" for label, text in self.settings()]
@@ -177,7 +177,7 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with their columns one under the other."""
     widths = [max(len(row[i]) if i < len(row) else 0 for row in rows) for i in range(max(map(len, rows)))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]

@@ -12,7 +12,7 @@ from typing import Any
 
 from hone import options as opt
 from hone.errors import HoneError, Problem, RecipeError, nearest
-from hone.recipe import LIST_FIELDS, PART_FIELDS, Recipe, assign, check, locate, parse_value, read_yaml
+from hone.recipe import PART_FIELDS, Recipe, assign, check, locate, parse_value, read_yaml
 
 Settings = dict[str, Any]
 NOT_VARIED = ("out", "name", "about", "trackers", "seed", "stages")
@@ -43,11 +43,24 @@ class Variant:
         Raises:
             RecipeError: a value does not fit.
         """
-        fields = copy.deepcopy(self.fields)
-        found = [assign(fields, path, value) for path, value in changes.items()]
-        if problems := [p for p in found if p] or check(fields, opt.Places()):
-            raise RecipeError(problems)
-        return Recipe(**fields)
+        return Recipe(**changed(self.fields, changes))
+
+
+def changed(fields: Mapping[str, Any], changes: Settings) -> dict[str, Any]:
+    """Return a recipe's fields with some replaced by dotted path, checked; what is given stays as it is.
+
+    Args:
+        fields: of the recipe.
+        changes: values by dotted path.
+
+    Raises:
+        RecipeError: a value does not fit.
+    """
+    made = copy.deepcopy(dict(fields))
+    found = [assign(made, path, copy.deepcopy(value)) for path, value in changes.items()]
+    if problems := [p for p in found if p] or check(made, opt.Places()):
+        raise RecipeError(problems)
+    return made
 
 
 def read_settings(text: str, flag: str) -> tuple[str, list[Any]]:
@@ -176,15 +189,3 @@ def distinct(variants: Iterable[Variant]) -> list[Variant]:
         number = seen[variant.label]
         out.append(variant if number == 1 else dataclasses.replace(variant, label=f"{variant.label} ({number})"))
     return out
-
-
-def list_settings(fields: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Return the settings of a recipe as dotted paths, mappings of parts opened; lists of parts stay whole."""
-    found: Settings = {}
-    for name, value in fields.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and name not in LIST_FIELDS:
-            found.update(list_settings(value, f"{path}."))
-        else:
-            found[path] = value
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import importlib
 import json
@@ -12,24 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hone import options as opt
 from hone.engine.manifest import machine, versions
 from hone.engine.progress import Display, clock
-from hone.errors import HoneError, RecipeError, nearest
+from hone.errors import HoneError, nearest
 from hone.evidence import claims, source
 from hone.evidence.budget import Budget
 from hone.evidence.cells import Store
 from hone.evidence.claims.base import REGISTRY, Check, Claim, Side, Trial
-from hone.evidence.contest import Comparison, Contest, Entrant
+from hone.evidence.contest import LEVEL, Comparison, Contest, Entrant
 from hone.evidence.pool import Interrupted, Pool
 from hone.evidence.statistics import judge, paired
-from hone.evidence.variants import Variant
+from hone.evidence.store import RESULTS, VERDICTS
+from hone.evidence.variants import Variant, changed
 from hone.files import write_whole
-from hone.recipe import assign, check
-
-VERDICTS = ("holds", "not at this scale", "contradicted")  # from best to worst
-RESULTS = Path(__file__).parent / "results"
-LEVEL = 0.95
 
 
 def every_claim() -> dict[str, Claim]:
@@ -126,17 +120,15 @@ def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path
 
 
 def _variant(trial: Trial, side: Side) -> Variant:
-    fields: dict[str, Any] = copy.deepcopy(dict(trial.recipe))
-    found = [assign(fields, path, copy.deepcopy(value)) for path, value in side.settings.items()]
-    if problems := [p for p in found if p] or check(fields, opt.Places()):
-        raise RecipeError(problems)
-    return Variant(side.label, fields, dict(side.settings))
+    settings = dict(side.settings)
+    return Variant(side.label, changed(trial.recipe, settings), settings)
 
 
 def _further(entrant: Entrant, trial: Trial) -> None:
     """Add the figures that the claim reads from the run folders itself."""
-    for seed in entrant.figures if trial.figures else ():
-        entrant.figures[seed].update(trial.figures(entrant.jobs[seed].run) if trial.figures else {})
+    if trial.figures is not None:
+        for seed, found in entrant.figures.items():
+            found.update(trial.figures(entrant.jobs[seed].run))
 
 
 def _checked(one: Check, baseline: Entrant, method: Entrant, contest: Contest) -> dict[str, Any]:
