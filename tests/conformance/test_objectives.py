@@ -74,8 +74,8 @@ def sequences() -> list[Tree]:
 
 
 def pairs() -> list[Tree]:
-    chosen = {"chosen": (float("nan"), 1.0, 0.0)}
-    return [tree([p, a, b], [-1, 0, 0], seed=p, prompt=p, **chosen) for p, a, b in ((3, 4, 2), (2, 1, 5), (6, 3, 3))]
+    fields = {"chosen": (float("nan"), 1.0, 0.0), "margin": (1.5,) * 3}
+    return [tree([p, a, b], [-1, 0, 0], seed=p, prompt=p, **fields) for p, a, b in ((3, 4, 2), (2, 1, 5), (6, 3, 3))]
 
 
 TOYS: dict[str, Callable[[], list[Tree]]] = {"sequences": sequences, "tokens": sequences, "pairs": pairs}
@@ -100,7 +100,8 @@ def case(request: pytest.FixtureRequest, name: str, options: dict[str, Any]) -> 
         objective, model = cls(**options), make_model()
         start = SimpleNamespace(from_nothing=False, load=lambda **options: make_teacher())
         objective.setup(SimpleNamespace(
-            model=model, objective=objective, players={}, step=0, recipe=SimpleNamespace(build=lambda field: start),
+            model=model, objective=objective, players={}, step=0, loader=None, adapter=None,
+            recipe=SimpleNamespace(build=lambda field: start),
             cluster=SimpleNamespace(device="cpu", dtype=torch.float64, precision="float64"),
         ))  # fmt: skip
         return objective, model

@@ -132,6 +132,19 @@ class Loader(Steps):
         """
         return sum(1 for _ in self._plan(0, self._end(epochs)))
 
+    def visited(self, steps: int) -> list[int]:
+        """Return the indices of the trees that the first steps hand out, each once, in ascending order.
+
+        Args:
+            steps: optimizer steps from the beginning.
+        """
+        found: set[int] = set()
+        for picked, _ in itertools.islice(self._plan(0, self._end(self.epochs)), steps):
+            found.update(picked)
+            if len(found) == len(self.trees):
+                break
+        return sorted(found)
+
     def _end(self, epochs: float | None) -> float:
         return math.inf if epochs is None else math.ceil(epochs * len(self.trees))
 

@@ -70,13 +70,14 @@ class Bench:
             self.run.model.save_tokenizer(staging)
 
 
-def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
+def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: bool = False) -> Bench:
     """Build every part of a single-stage recipe, in the order the data meets them.
 
     Args:
         recipe: a checked recipe without stages.
         cluster: device and processes.
         display: says what was found.
+        rehearsal: whether only a few steps will be run, to measure them.
     """
     seed_all(recipe.seed, 0)
     source = recipe.build("data")
@@ -118,7 +119,9 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     cluster.align(model)
     if cluster.sharded:
         sharding.shard(model, cluster)
-    run = _start(recipe, cluster, model, objective, adapter, data)
+    run = _prepare(recipe, cluster, model, objective, adapter, data)
+    run.held_out, run.display, run.rehearsal = eval_data.trees, display, rehearsal
+    _start(run)
     base = getattr(start, "path", "")
     local = shipped_base() if base == "base" else Path(base).expanduser()
     base = str(local.resolve()) if base and local.is_dir() else base  # a saved adapter is loaded from any folder
@@ -126,22 +129,26 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display) -> Bench:
     return Bench(run, adapter, data, eval_data, general_data, metrics, sampler, base, setup_seconds)
 
 
-def _start(recipe: Recipe, cluster: Cluster, model: LanguageModel, objective: Any, adapter: Any, data: Opened) -> Run:
-    """Return the run of a model whose adapter is attached: who trains, what moves them, what acts beside the steps."""
+def _prepare(recipe: Recipe, cluster: Cluster, model: LanguageModel, objective: Any, adapter: Any, data: Opened) -> Run:
+    """Return the run of a model whose adapter is attached: what acts beside the steps, and nobody who trains yet."""
     loader = data.loader(recipe.batch_tokens, recipe.seed, recipe.epochs)
     total = recipe.steps if recipe.steps is not None else loader.total_steps(recipe.epochs or 1.0)
     callbacks, penalties = recipe.build("callbacks") + adapter.callbacks(), recipe.build("penalties")
-    run = Run(
+    return Run(
         recipe, cluster, model, objective, loader, total, callbacks=callbacks,
         penalties=penalties + adapter.penalties(), adapter=adapter,
     )  # fmt: skip
+
+
+def _start(run: Run) -> None:
+    """Add who trains and what moves them, and let the objective and the penalties prepare."""
+    model, recipe = run.model, run.recipe
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    factors = {f"hf.{name}": factor for name, factor in adapter.rates(model.hf).items()}
+    factors = {f"hf.{name}": factor for name, factor in run.adapter.rates(model.hf).items()}
     optimizer = recipe.build("optimizer").build(params, factors)
     run.players["model"] = Player(params, optimizer, recipe.build("schedule").factor)
-    for part in (objective, *run.penalties):
+    for part in (run.objective, *run.penalties):
         part.setup(run)
-    return run
 
 
 def evaluation_data(recipe: Recipe, source: Source | None = None) -> tuple[Source, Split]:

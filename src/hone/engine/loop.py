@@ -92,6 +92,9 @@ class Run:
         stop: set to a reason to end the run after the step.
         best: (value, step) of the best evaluation so far, smaller values being better.
         folder: the run folder, None in a rehearsal.
+        held_out: the trees that evaluations use, None when there are none.
+        display: shows the progress of long preparations; None says nothing.
+        rehearsal: whether only a few steps will be run, to measure them.
     """
 
     recipe: Recipe
@@ -109,6 +112,9 @@ class Run:
     stop: str = ""
     best: tuple[float, int] | None = None
     folder: RunFolder | None = None
+    held_out: Sequence[Tree] | None = None
+    display: Any = None
+    rehearsal: bool = False
 
     @property
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -143,6 +149,7 @@ class Run:
             "buffers": dict(_persistent_buffers(self.model)),
             "loader": self.loader.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "objective": self.objective.state_dict(),
         }
         return sharding.whole(state, keep) if self.cluster.sharded else state
 
@@ -166,6 +173,7 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(own)
+        self.objective.load_state_dict(state.get("objective", {}))
 
     def take_weights(self, state: dict[str, Any]) -> None:
         """Go back to the weights of a state and to the buffers that give them their meaning, and to nothing else of it.
@@ -256,6 +264,7 @@ class Trainer:
         began = time.perf_counter()
         run.model.train()
         seed_all(run.recipe.seed, run.step + 1, cluster.rank)
+        run.objective.before_step(run, trees)
         shares = divide_among(trees, self.limit, cluster)
         units = cluster.sum(sum(float(run.objective.count(share.batch)) for share in shares if share.counts))
         if units <= 0:
@@ -264,6 +273,7 @@ class Trainer:
         row = self._turns(shares, units, tuple(tree.where for tree in trees))
         run.step += 1
         run.tokens += tokens
+        run.objective.after_step(run, row)
         seconds = time.perf_counter() - began
         return {"step": run.step, **row, "tokens": tokens, "units": units, "seconds": round(seconds, 4),
                 "memory": cluster.peak_memory()}  # fmt: skip

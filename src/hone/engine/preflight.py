@@ -122,7 +122,7 @@ def _assembled(recipe: Recipe, display: Display) -> tuple[Recipe, Bench]:
     cluster = Cluster(recipe.device, recipe.precision, recipe.sharding)
     if cluster.world > 1:
         raise HoneError("a rehearsal runs in one process: run it without a launcher")
-    return recipe, assemble(recipe, cluster, display)
+    return recipe, assemble(recipe, cluster, display, rehearsal=True)
 
 
 def _measure(bench: Bench, recipe: Recipe, display: Display, *, whole: bool) -> Rehearsal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from hone.text.model import LanguageModel
-    from hone.text.pack import Packed
+    from hone.text.pack import Packed, Tree
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,33 @@ class Objective:
 
         Args:
             run: the run in progress (`engine/loop.py: Run`).
+        """
+
+    def before_step(self, run: Any, trees: Sequence[Tree]) -> None:
+        """Look at a whole step before its micro-batches, for what a loss needs to know of all of it.
+
+        Args:
+            run: the run in progress; `run.step` does not count this step.
+            trees: all trees of the step, the same on every process.
+        """
+
+    def after_step(self, run: Any, row: dict[str, Any]) -> None:
+        """Act after an optimizer step, e.g. take a running mean further.
+
+        Args:
+            run: the run in progress; `run.step` counts the step.
+            row: its metrics, which are means over the units of the whole step.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs that is neither option nor weight: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state.
+
+        Args:
+            state: as `state_dict` returned it.
         """
 
     def count(self, batch: Packed) -> float:

@@ -61,6 +61,7 @@ class Packed:
         weights: (T,) float32 weight of predicting each token; 0 at the first token of every root.
         fields: (S,) float32 per-segment numbers by name.
         where: per tree the "file:line" it came from, for messages.
+        trees: (S,) int64 number of the tree that each segment belongs to; kept on the CPU. Empty where nobody needs it.
     """
 
     tokens: Tensor
@@ -70,6 +71,7 @@ class Packed:
     weights: Tensor
     fields: dict[str, Tensor] = field(default_factory=dict)
     where: tuple[str, ...] = ()
+    trees: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         """Return T, the number of tokens."""
@@ -147,6 +149,7 @@ def pack(trees: Sequence[Tree]) -> Packed:
         weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
         fields={name: torch.tensor(values, dtype=torch.float32) for name, values in fields.items()},
         where=tuple(tree.where for tree in trees),
+        trees=torch.tensor([n for n, tree in enumerate(trees) for _ in tree.tokens], dtype=torch.int64),
     )
 
 
