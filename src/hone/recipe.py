@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ PART_FIELDS = {
 DATA_FIELDS = ("data", "eval_data", "general_data")  # those that may be left open
 LIST_FIELDS = {"penalties": "penalty", "callbacks": "callback", "metrics": "metric"}
 WHOLE_RUN = ("about", "device", "precision", "sharding", "out", "stages")  # what no stage may override
-_WHY = {"model": "each stage starts from the result of the one before"}
+_STAGE = re.compile(r"stage:(\d+)")  # the model that a stage has made, 0 for the one that the run starts from
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -49,7 +49,7 @@ class Recipe:
         callbacks: what happens beside the steps.
         sampler: how evaluation picks tokens.
         metrics: how evaluation judges generated answers.
-        steps: optimizer steps; exclusive with `epochs`.
+        steps: optimizer steps; exclusive with `epochs`. 0 trains nothing: the model is evaluated and saved as it is.
         epochs: passes over the data, may be fractional; exclusive with `steps`.
         batch_tokens: most tokens in one optimizer step, over all micro-batches and processes.
         micro_tokens: most tokens in one forward pass; None means `batch_tokens`. Never changes a gradient.
@@ -69,7 +69,8 @@ class Recipe:
         trackers: trackers of Accelerate to log to beside metrics.jsonl, e.g. tensorboard.
         seed: seeds initialisation, data order and sampling.
         out: the run folder; None makes runs/NAME-1, -2, ...
-        stages: overrides of the above, run one after the other, each from the previous stage's result.
+        stages: overrides of the above, run one after the other, each from the previous stage's result unless it names
+            a `model`. "stage:N" anywhere in a stage is the model that stage N has made, "stage:0" the run's own start.
         name: name of the recipe, for the run folder and messages.
     """
 
@@ -86,7 +87,7 @@ class Recipe:
     callbacks: list[Any] = field(default_factory=list)
     sampler: Any = "greedy"
     metrics: list[Any] = field(default_factory=lambda: ["accuracy"])
-    steps: Positive | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_tokens: Positive = 4096
     micro_tokens: Positive | None = None
@@ -164,6 +165,14 @@ class Recipe:
         """Return the recipe as a plain mapping, defaults included; `Recipe.of(**plain)` gives it back."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    def referring(self, answer: Callable[[int], str]) -> Recipe:
+        """Return the recipe with every "stage:N" in it replaced.
+
+        Args:
+            answer: returns the folder of the model that stage N has made.
+        """
+        return Recipe(**_replaced(self.plain(), answer))
+
     def staged(self) -> list[Recipe]:
         """Return one recipe per stage, each with its overrides applied; the recipe itself when it has no stages."""
         if not self.stages:
@@ -174,6 +183,27 @@ class Recipe:
             merged = _merged(top, stage)
             made.append(Recipe(**{"name": f"stage-{index + 1}", **merged, "stages": []}))
         return made
+
+
+def _replaced(value: Any, answer: Callable[[int], str]) -> Any:
+    """Return a plain value with every "stage:N" in it replaced."""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, answer) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, answer) for inner in value]
+    found = _STAGE.fullmatch(value) if isinstance(value, str) else None
+    return answer(int(found[1])) if found else value
+
+
+def _wrong_stages(value: Any, index: int, at: str, places: opt.Places) -> list[Problem]:
+    """Return the problems of every "stage:N" in a stage that names one which has not run by then."""
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return [problem for key, inner in items for problem in _wrong_stages(inner, index, f"{at}.{key}", places)]
+    found = _STAGE.fullmatch(value) if isinstance(value, str) else None
+    if found is None or int(found[1]) <= index:
+        return []
+    return [Problem(at, f"expected stage:0 to stage:{index}, which have run by then, got {value}", places.find(at))]
 
 
 def _merged(top: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
@@ -363,10 +393,12 @@ def check(raw: dict[str, Any], places: opt.Places) -> list[Problem]:
     top = {key: value for key, value in raw.items() if key != "stages"}
     for index, stage in enumerate(stages):
         if isinstance(stage, dict):
-            for key in (key for key in stage if key in WHOLE_RUN or (key == "model" and index)):
+            for key in (key for key in stage if key in WHOLE_RUN):
                 path = f"stages.{index}.{key}"
-                problems.append(Problem(path, "cannot differ between stages", places.find(path), _WHY.get(key, "")))
-            own = _check_level(_merged(top, stage), f"stages.{index}", places, only=set(stage))
+                problems.append(Problem(path, "cannot differ between stages", places.find(path)))
+            problems += _wrong_stages(stage, index, f"stages.{index}", places)
+            plain = _replaced(_merged(top, stage), lambda number: "base")
+            own = _check_level(plain, f"stages.{index}", places, only=set(stage))
             problems += own
     return list({(problem.field, problem.message): problem for problem in problems}.values())
 

@@ -239,7 +239,7 @@ def test_sft_is_the_weighted_cross_entropy_of_trained_tokens(smoothing):
     best = model.head(model.hidden(batch)).argmax(-1)
     right = [float(w) * bool(best[p] == token)
              for p, token, w in zip(batch.previous, batch.tokens, batch.weights, strict=True)]  # fmt: skip
-    assert float(metrics["accuracy"]) == pytest.approx(sum(right))
+    assert float(metrics["token_accuracy"]) == pytest.approx(sum(right))
 
 
 def test_sft_runs_the_head_on_trained_tokens_only():

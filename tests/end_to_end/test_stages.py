@@ -80,10 +80,21 @@ def test_an_adapter_on_an_adapter_loads_in_peft(tiny_model: Path, qa_file: Path,
 
 
 def test_what_a_stage_cannot_change_is_said(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
-    stages = [{"steps": 1, "precision": "float64"}, {"steps": 1, "model": str(tiny_model)}]
+    stages = [{"steps": 1, "precision": "float64"}, {"steps": 1, "model": "stage:2"}]
     content = fields(tiny_model, qa_file, tmp_path / "run", stages=stages)
     del content["steps"]
     refused = hone("run", write_recipe(tmp_path / "mine.yaml", content))
     assert refused.status == 2 and not (tmp_path / "run").exists()
     assert "stages.0.precision: cannot differ between stages" in refused.err
-    assert "stages.1.model: cannot differ between stages (each stage starts from" in refused.err
+    assert "stages.1.model: expected stage:0 to stage:1, which have run by then, got stage:2" in refused.err
+
+
+def test_a_stage_may_start_from_any_model_that_an_earlier_one_has_made(
+    tiny_model: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    stages = [{"steps": 2}, {"steps": 3, "model": "stage:0"}, {"steps": 0, "model": "stage:1"}]
+    result = train(tiny_model, qa_file, out, steps=None, stages=stages)
+    first, second, third = result["stages"]
+    assert first["before"] == second["before"] and first["after"] != second["after"]
+    assert third["before"] == third["after"] == first["after"] and third["steps"] == 0

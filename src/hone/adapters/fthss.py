@@ -36,6 +36,8 @@ class Roles(SoftPrompt):
         recomputed: whether in training each role reads the whole text anew, behind its own virtual tokens.
     """
 
+    own_plan: ClassVar[bool] = True
+
     def __init__(self, layer: nn.Module, first: int, tokens: int, markers: Sequence[int], recomputed: bool) -> None:
         """Hold the layer and the markers."""
         super().__init__(layer, first, tokens * len(markers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -118,6 +118,8 @@ class GroupSteering(Steering):
         sinks: number of first tokens that all see.
         returned: share of the shifted heads that goes back to plain groups.
     """
+
+    own_plan: ClassVar[bool] = True
 
     def __init__(self, layer: nn.Module, size: int | None, sinks: int, returned: float) -> None:
         """Hold the options."""

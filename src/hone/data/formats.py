@@ -2,6 +2,8 @@
 
     format      columns (aliases) [optional]                         sample
     pairs       chosen, rejected [prompt (question, instruction)]    pair, of texts or turns; a shared start is prompt
+    list        answers (responses), scores [prompt (question...)]   list, of texts: better ones against worse
+    tagged      words (tokens), tags (ner_tags, labels)              tagged, a class for each word
     messages    messages (conversations, conversation) [system]      messages, of role/content or from/value turns
     alpaca      instruction, output (response) [input (context)]     completion, with the template of Stanford Alpaca
     completion  prompt, completion (response); or input, output      completion, joined exactly as they are
@@ -11,7 +13,7 @@
 
 The first format whose columns are all there is taken and all rows are held to it. A `system` column goes before the
 prompt. Other columns go to `Sample.extra`, except numbers in columns named `weight`, `margin`, `label` or `reward`,
-which go to `Sample.fields`.
+which go to `Sample.fields`. A `label` is the class of a text too, whether it is a number or a name.
 """
 
 from __future__ import annotations
@@ -112,6 +114,30 @@ def _answer_turns(cells: Cells, role: str) -> tuple[Message, ...]:
     return turns
 
 
+def _list(cells: Cells) -> Sample:
+    answers, scores = cells.get("answers"), cells.get("scores")
+    texts = isinstance(answers, list) and all(isinstance(one, str) and one.strip() for one in answers)
+    if not texts or len(set(answers)) < 2:
+        raise cells.fault("answers", "a list of at least two different texts", shown(answers), "Remove the row.")
+    numbers = isinstance(scores, list) and all(type(one) in (int, float) for one in scores)
+    if not numbers or len(scores) != len(answers):
+        raise cells.fault("scores", f"a list of {len(answers)} numbers", shown(scores), "Remove the row.")
+    if len(set(scores)) < 2:
+        fix = "Remove the row: it says of no answer that it is better."
+        raise cells.fault("scores", "scores that differ", shown(scores), fix)
+    prompt = _plain_system(cells) + cells.text("prompt") if cells.get("prompt") is not None else ""
+    return Sample("list", prompt=prompt, answers=tuple(answers), scores=tuple(map(float, scores)))
+
+
+def _tagged(cells: Cells) -> Sample:
+    words, tags = cells.get("words"), cells.get("tags")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+        raise cells.fault("words", "a list of words", shown(words), "Fill in or remove the row.")
+    if not isinstance(tags, list) or len(tags) != len(words) or any(type(tag) not in (int, str) for tag in tags):
+        raise cells.fault("tags", f"a list of {len(words)} names or numbers", shown(tags), "Give each word a tag.")
+    return Sample("tagged", answers=tuple(words), labels=tuple(map(str, tags)))
+
+
 def _pair(cells: Cells) -> Sample:
     if cells.get("chosen") == cells.get("rejected") and cells.get("chosen") is not None:
         raise cells.fault("rejected", "an answer other than the chosen one", "the same answer twice", "Remove the row.")
@@ -178,6 +204,13 @@ SHAPES = (
         _pair,
         {"prompt": ("prompt", "question", "instruction"), **_SYSTEM},
     ),
+    _Shape(
+        "list",
+        {"answers": ("answers", "responses"), "scores": ("scores",)},
+        _list,
+        {"prompt": ("prompt", "question", "instruction"), **_SYSTEM},
+    ),
+    _Shape("tagged", {"words": ("words", "tokens"), "tags": ("tags", "ner_tags", "labels")}, _tagged),
     _Shape("messages", {"messages": ("messages", "conversations", "conversation")}, _messages, _SYSTEM),
     _Shape(
         "alpaca",
@@ -244,7 +277,8 @@ class Format:
         sample, numbers = self.shape.build(cells), _numbers(cells)
         used = {column for role, column in columns.items() if role not in FIELDS} | {columns.get(n, n) for n in numbers}
         extra = {column: value for column, value in row.items() if column not in used}
-        return replace(sample, fields=numbers, extra=extra, where=where)
+        labels = sample.labels or _label(cells)
+        return replace(sample, fields=numbers, labels=labels, extra=extra, where=where)
 
 
 def _numbers(cells: Cells) -> dict[str, float]:
@@ -256,10 +290,18 @@ def _numbers(cells: Cells) -> dict[str, float]:
             if isinstance(value, (int, float, str)):
                 found[name] = float(value)
         except ValueError:
-            value = None  # a text: some other column of that name, unless `columns` says that it is this one
-        if name in cells.columns and name not in found:
+            value = (
+                value if name == "label" else None
+            )  # a text: a class, or some other column of that name, unless `columns` says that it is this one
+        if name in cells.columns and name not in found and not (name == "label" and isinstance(value, str)):
             raise cells.fault(name, "a number", shown(cells.get(name)), "Fill in or remove the row.")
     return found
+
+
+def _label(cells: Cells) -> tuple[str, ...]:
+    """Return the class that a row names, by number or by name; none where it names none."""
+    value = cells.row.get(cells.columns.get("label", "label"))
+    return (str(value),) if isinstance(value, (int, str)) and str(value).strip() else ()
 
 
 def _first(names: tuple[str, ...], row: Mapping[str, Any], taken: Any) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +27,26 @@ log = logging.getLogger("hone")
 ACCEPTED = {  # what an objective consumes -> the kinds of samples that serve as that
     "sequences": ("text", "completion", "messages"),
     "tokens": ("text", "completion", "messages"),  # every token trains, those of prompts too
-    "pairs": ("pair",),
+    "pairs": ("pair", "list"),
+    "judged": ("pair", "list", "completion", "messages"),  # answers of which each is said to be good or bad
+    "labelled": ("text",),
+    "tagged": ("tagged",),
     "prompts": ("prompt", "completion", "messages"),
-    "any": ("text", "completion", "messages", "pair", "prompt"),
+    "any": ("text", "completion", "messages", "pair", "list", "tagged", "prompt"),
 }
 _IN_WORDS = {
     "text": "plain text",
     "completion": "prompts with answers",
     "messages": "conversations",
     "pair": "preference data",
+    "list": "ranked answers",
+    "tagged": "tagged words",
     "prompt": "prompts without answers",
 }
-_FOR_EXAMPLE = {"sequences": "sft", "tokens": "pretrain", "pairs": "dpo", "prompts": "grpo"}
+_FOR_EXAMPLE = {
+    "sequences": "sft", "tokens": "pretrain", "pairs": "dpo", "judged": "kto", "labelled": "classify", "tagged": "tag",
+    "prompts": "grpo",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,14 @@ class Rendering:
         renderer: turns a sample into trees.
         split: "train" or "eval".
         consumes: what the objective consumes, a key of `ACCEPTED`.
+        classes: names of the classes of labelled and tagged data, in the order of their numbers.
     """
 
     source: Source
     renderer: Renderer
     split: Split
     consumes: str
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no data can be."""
@@ -79,12 +89,15 @@ class Rendering:
         Args:
             sample: a sample of the source.
         """
-        trees = self.renderer.render(sample)
+        if self.consumes in ("labelled", "tagged"):
+            trees = [self.renderer.classified(sample, self.classes)]
+        else:
+            trees = self.renderer.render(sample)
         if self.consumes == "tokens":
             trees = [replace(tree, weights=tuple(np.ones_like(weight) for weight in tree.weights)) for tree in trees]
         return fit_sample(
             trees, self.source.max_tokens, self.source.overlong_for(sample.kind),
-            where=sample.where, trains=self.consumes not in ("prompts", "any"),
+            where=sample.where, trains=self.consumes not in ("labelled", "prompts", "any"),
         )  # fmt: skip
 
     @property
@@ -92,7 +105,8 @@ class Rendering:
         """Name of the token cache: a hash of everything that determines the trees."""
         return cache_key(
             source=self.source.fingerprint(), renderer=self.renderer.fingerprint, split=self.split,
-            consumes=self.consumes, max_tokens=self.source.max_tokens, overlong=self.source.overlong,
+            consumes="/".join((self.consumes, *self.classes)), max_tokens=self.source.max_tokens,
+            overlong=self.source.overlong,
         )  # fmt: skip
 
 
@@ -129,7 +143,8 @@ class Opened:
             count: at most so many.
         """
         if len(self._first) < count:
-            self._first = list(itertools.islice(self.rendering.samples(), count))
+            asked = self.rendering.source.questions(self.rendering.split)
+            self._first = list(itertools.islice(asked, count))
         return self._first[:count]
 
     def describe(self) -> str:
@@ -209,6 +224,7 @@ def open_data(
     renderer: Renderer,
     *,
     consumes: str,
+    classes: Sequence[str] = (),
     split: Split = "train",
     context: int | None = None,
     progress: Progress | None = None,
@@ -221,6 +237,7 @@ def open_data(
         source: gives the samples.
         renderer: turns a sample into trees.
         consumes: what the objective consumes: "sequences", "pairs" or "prompts"; "any" takes every kind of sample.
+        classes: names of the classes of labelled and tagged data, in the order of their numbers.
         split: "train" or "eval".
         context: most tokens that the model takes; longer samples are fitted to it, whatever `max_tokens` says.
         progress: called with the number of samples read so far.
@@ -236,7 +253,7 @@ def open_data(
     if context is not None and source.max_tokens > context:
         log.warning("max_tokens is %d, but the model's context is %d tokens, which is used", source.max_tokens, context)
         source.max_tokens = context
-    rendering = Rendering(source, renderer, split, consumes)
+    rendering = Rendering(source, renderer, split, consumes, tuple(classes))
     if source.streaming and split == "train":
         if next(rendering.samples(), None) is None:
             raise _empty(source)

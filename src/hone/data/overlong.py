@@ -14,7 +14,7 @@ import numpy as np
 
 from hone.data.source import Overlong
 from hone.errors import DataError
-from hone.text.pack import Tree
+from hone.text.pack import CHOSEN, SCORE, Tree
 
 _NUMBERS = ("samples", "kept", "truncated", "split", "dropped", "nothing_trained", "masked", "tokens", "trained_tokens")
 _MISHAPS = {
@@ -142,7 +142,8 @@ def fit(tree: Tree, max_tokens: int, how: Overlong) -> list[Tree]:
 
     Returns:
         The tree itself when it fits. Else what is left of it, without pieces in which nothing is trained: none when the
-        prompt alone fills the window, or when cutting made all answers to a prompt the same.
+        prompt alone fills the window, or when cutting made all answers to a prompt the same or left nothing of those
+        that were to be compared.
     """
     if longest_chain(tree) <= max_tokens:
         return [tree]
@@ -152,7 +153,8 @@ def fit(tree: Tree, max_tokens: int, how: Overlong) -> list[Tree]:
         pieces = _windows(tree, max_tokens)
     else:
         cut = _truncate(tree, max_tokens)
-        pieces = [] if _no_contrast(cut) and not _no_contrast(tree) else [cut]
+        useless = (_no_contrast(cut) and not _no_contrast(tree)) or (_comparable(tree) and not _comparable(cut))
+        pieces = [] if useless else [cut]
     return [piece for piece in pieces if trained_tokens(piece)]
 
 
@@ -188,6 +190,15 @@ def _no_contrast(tree: Tree) -> bool:
         siblings.setdefault(parent, []).append(segment.tobytes())
     several = [group for group in siblings.values() if len(group) > 1]
     return bool(several) and all(len(set(group)) == 1 for group in several)
+
+
+def _comparable(tree: Tree) -> bool:
+    """Whether a tree has answers of which one is said to be better than another, each with trained tokens."""
+    for name in (CHOSEN, SCORE):
+        worth = {v for v, w in zip(tree.fields.get(name, ()), tree.weights, strict=False) if v == v and w.any()}
+        if len(worth) > 1:
+            return True
+    return False
 
 
 def fit_sample(

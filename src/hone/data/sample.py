@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["text", "completion", "messages", "pair", "prompt"]
+Kind = Literal["text", "completion", "messages", "pair", "list", "tagged", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,12 @@ class Sample:
     Args:
         kind: "text" (all of answers[0] is trained), "completion" (answers[0] is trained after prompt), "messages"
             (prompt is a whole conversation; its assistant turns are trained), "pair" (answers are chosen, rejected),
-            "prompt" (nothing to train on; for generation and on-policy learning).
+            "list" (answers with scores), "tagged" (answers are words with labels), "prompt" (nothing to train on; for
+            generation and on-policy learning).
         prompt: plain text, or the messages of a conversation.
         answers: plain texts, or lists of messages where the prompt is messages.
+        scores: how good each answer of a list is, the higher the better.
+        labels: the class of a text, or of each of the words that are tagged.
         fields: per-sample numbers for objectives, e.g. a weight or a margin.
         extra: other columns of the row, for metrics and rewards, e.g. the exact answer.
         where: "file:line" or "chains:17", for messages.
@@ -39,6 +42,8 @@ class Sample:
     kind: Kind
     prompt: str | tuple[Message, ...] = ""
     answers: tuple[str | tuple[Message, ...], ...] = ()
+    scores: tuple[float, ...] = ()
+    labels: tuple[str, ...] = ()
     fields: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = ""

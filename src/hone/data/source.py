@@ -6,15 +6,18 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from hone.data.formats import COLUMN_KEYS, Format, sniff
 from hone.data.sample import Kind, Sample
 from hone.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from hone.text.model import LanguageModel
 
 Split = Literal["train", "eval"]
 Overlong = Literal["truncate", "drop", "split"]
@@ -41,7 +44,9 @@ class Source(ABC):
         cache: keep the rendered tokens on disk, where the next run with the same data finds them.
     """
 
-    format: Literal["auto", "text", "completion", "messages", "alpaca", "qa", "pairs", "prompt"] = "auto"
+    format: Literal["auto", "text", "completion", "messages", "alpaca", "qa", "pairs", "list", "tagged", "prompt"] = (
+        "auto"
+    )
     columns: dict[str, str] = field(default_factory=dict)
     limit: Annotated[int, Field(gt=0)] | None = None
     max_tokens: Annotated[int, Field(gt=1)] = 1024
@@ -71,6 +76,27 @@ class Source(ABC):
     def describe(self) -> str:
         """Return one line for the log that says what the samples are."""
         return type(self).__name__
+
+    def meet(self, load: Callable[[], LanguageModel], identity: str) -> None:
+        """Take the model that the run starts from, for sources whose samples depend on it; called before the first.
+
+        Args:
+            load: returns it.
+            identity: what tells its content.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, Source):
+                    inner.meet(load, identity)
+
+    def questions(self, split: Split) -> Iterator[Sample]:
+        """Yield the samples whose prompts evaluation asks and `grade` judges; here those of the split.
+
+        Args:
+            split: "train" or "eval".
+        """
+        return self.samples(split)
 
     def overlong_for(self, kind: Kind) -> Overlong:
         """Return what is done with a sample of this kind that is longer than `max_tokens`.

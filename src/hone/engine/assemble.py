@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class Bench:
             if nested and (staging / CONFIG_FILE).is_file():
                 LanguageModel.load(self.base, dtype=self.run.cluster.dtype).save(staging / "base")
             self.run.model.save_tokenizer(staging)
+            self.run.model.save_extras(staging)
 
 
 def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: bool = False) -> Bench:
@@ -87,15 +89,16 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     model.checkpoint_layers(recipe.recompute)
     if not recipe.packing:
         model.packs = False
-
+    _introduce(model, start, objective, source, eval_source)
     adapter = recipe.build("adapter")
     context = adapter.room(model.context)
 
     def opened(label: str, which: Source, split: Split, consumes: str = objective.consumes) -> Opened:
         display.start(label, None)
         made = open_data(
-            which, model.renderer, consumes=consumes, split=split, context=context, progress=display.update
-        )
+            which, model.renderer, consumes=consumes, classes=objective.class_names(), split=split, context=context,
+            progress=display.update,
+        )  # fmt: skip
         display.stop()
         return made
 
@@ -129,6 +132,15 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     return Bench(run, adapter, data, eval_data, general_data, metrics, sampler, base, setup_seconds)
 
 
+def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Source) -> None:
+    """Let sources and the objective meet the model that a run starts from, before any data is read."""
+    for source in sources:
+        source.meet(lambda: model, _identity(start))
+    objective.look(sources[0])
+    objective.equip(model)
+    model.load_extras(Path(getattr(start, "path", "")))
+
+
 def _prepare(recipe: Recipe, cluster: Cluster, model: LanguageModel, objective: Any, adapter: Any, data: Opened) -> Run:
     """Return the run of a model whose adapter is attached: what acts beside the steps, and nobody who trains yet."""
     loader = data.loader(recipe.batch_tokens, recipe.seed, recipe.epochs)
@@ -149,6 +161,13 @@ def _start(run: Run) -> None:
     run.players["model"] = Player(params, optimizer, recipe.build("schedule").factor)
     for part in (run.objective, *run.penalties):
         part.setup(run)
+
+
+def _identity(start: Any) -> str:
+    """Return what tells the content of the model that a run starts from."""
+    path = getattr(start, "path", "")
+    local = shipped_base() if path == "base" else Path(path).expanduser()
+    return (folder_hash(local) if path else None) or json.dumps(str(start))
 
 
 def evaluation_data(recipe: Recipe, source: Source | None = None) -> tuple[Source, Split]:

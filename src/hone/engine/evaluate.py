@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from hone.recipe import Recipe
     from hone.text.model import LanguageModel
 
+UNITS = "units"  # among sums, what they are sums over
+NO_PROMPT = ("text", "tagged")  # kinds of samples that ask nothing
+
 
 @dataclass
 class Evaluation:
@@ -31,6 +35,7 @@ class Evaluation:
         loss: mean loss per unit of the objective on the held-out data, None when there is none.
         general_loss: mean negative log-likelihood of the tokens of the general data, None when there is none.
         by_source: the mean loss on the held-out samples of each source, where the data says which is which.
+        figures: mean per unit of what the objective reports beside its loss on the held-out data.
         scores: mean of each metric over the samples it applies to.
         answers: one row per answered sample, as written to samples.jsonl.
     """
@@ -38,13 +43,15 @@ class Evaluation:
     loss: float | None = None
     general_loss: float | None = None
     by_source: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
         """Return the numbers alone."""
         losses = {"loss": self.loss, "general_loss": self.general_loss}
-        return {**{n: value for n, value in losses.items() if value is not None}, **self.by_source, **self.scores}
+        known = {name: value for name, value in losses.items() if value is not None}
+        return {**known, **self.by_source, **self.figures, **self.scores}
 
 
 @dataclass(frozen=True)
@@ -97,10 +104,15 @@ def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, 
     with cluster.autocast():
         found = answer(
             model, judges.data.rendering.source, samples, judges.metrics, sampler=judges.sampler,
-            max_new_tokens=recipe.max_new_tokens, seed=recipe.seed,
+            max_new_tokens=recipe.max_new_tokens, seed=recipe.seed, generating=objective.generate,
         )  # fmt: skip
-    found.loss = _quotient(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
-    marked = {f"loss/{n}": _quotient(*pair) for n, pair in sums.items() if n is not None}
+    whole = Counter[str]()
+    for part in sums.values():
+        whole.update(part)
+    means = _means(whole)
+    found.loss = means.pop("loss", None)
+    found.figures = means
+    marked = {f"loss/{n}": _means(part).get("loss") for n, part in sums.items() if n is not None}
     found.by_source = {name: loss for name, loss in marked.items() if loss is not None}
     if judges.general is not None:
         found.general_loss = mean_loss(model, Text(), judges.general.trees, limit, cluster)
@@ -125,31 +137,30 @@ def mean_loss(model: Any, objective: Any, trees: Sequence[Tree] | None, limit: i
         limit: most tokens in one forward pass.
         cluster: the processes and the device.
     """
-    return _quotient(*_total(model, objective, trees, limit, cluster))
+    return _means(_total(model, objective, trees, limit, cluster)).get("loss")
 
 
-def _quotient(total: float, count: float) -> float | None:
-    return total / count if count else None
+def _means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return sums divided by their units; nothing where there are none."""
+    units = sums.get(UNITS, 0.0)
+    return {name: value / units for name, value in sums.items() if name != UNITS} if units else {}
 
 
 @torch.no_grad()
-def _total(
-    model: Any, objective: Any, trees: Sequence[Tree] | None, limit: int, cluster: Cluster
-) -> tuple[float, float]:
-    """Return the sum and the count of which `mean_loss` is the quotient."""
+def _total(model: Any, objective: Any, trees: Sequence[Tree] | None, limit: int, cluster: Cluster) -> dict[str, float]:
+    """Return the sums of the loss and of what is reported beside it, and the units that they are sums over."""
     if trees is None or not len(trees):
-        return 0.0, 0.0
+        return {}
     was_training = model.training
     model.eval()
-    total = count = 0.0
+    sums: dict[str, float] = {UNITS: 0.0}
     for share in divide_among([trees[i] for i in range(len(trees))], limit, cluster):
         with cluster.autocast():
-            value, _ = objective.loss(model, share.batch)
-        total += share.counts * float(value)
-        count += share.counts * float(objective.count(share.batch))
+            value, metrics = objective.loss(model, share.batch)
+        for name, part in {"loss": value, **metrics, UNITS: objective.count(share.batch)}.items():
+            sums[name] = sums.get(name, 0.0) + share.counts * float(part)
     model.train(was_training)
-    whole = cluster.sum(count)
-    return cluster.sum(total), whole
+    return {name: cluster.sum(value) for name, value in sums.items()}
 
 
 def answer(
@@ -161,27 +172,29 @@ def answer(
     sampler: Any,
     max_new_tokens: int,
     seed: int = 0,
+    generating: Any = generate,
 ) -> Evaluation:
     """Generate an answer to each sample's prompt and judge it by each metric.
 
     Args:
         model: the language model.
         source: the data source, which knows how to grade.
-        samples: held-out samples; those of kind "text" are passed over, since they have no prompt.
+        samples: held-out samples; texts and tagged words are passed over, since they have no prompt.
         metrics: called with (source, sample, text); None means that the metric does not apply.
         sampler: picks tokens.
         max_new_tokens: longest answer in tokens.
         seed: seeds the sampler.
+        generating: answers prompts, with the arguments of `generate`.
     """
     renderer = model.renderer
-    pairs = [(sample, renderer.prompt_ids(sample)) for sample in samples if sample.kind != "text"]
+    pairs = [(sample, renderer.prompt_ids(sample)) for sample in samples if sample.kind not in NO_PROMPT]
     fitting = [(sample, ids) for sample, ids in pairs if model.context is None or len(ids) < model.context]
     if len(fitting) < len(pairs):
         log.warning("%d held-out prompts fill the model's context and are not asked", len(pairs) - len(fitting))
     if not fitting:
         return Evaluation()
     asked, prompts = zip(*fitting, strict=True)
-    made = generate(model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop=renderer.stop_ids, seed=seed)
+    made = generating(model, prompts, max_new_tokens=max_new_tokens, sampler=sampler, stop=renderer.stop_ids, seed=seed)
     answers = []
     sums: dict[str, list[float]] = {}
     for sample, generations in zip(asked, made, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _go(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -
     if not cluster.main:
         display = Display(False)
         log.setLevel(logging.ERROR)
-    stages = recipe.staged()
+    stages = stages_of(recipe, folder)
     results: list[dict[str, Any]] = []
     for index, stage in enumerate(stages):
         own = folder if len(stages) == 1 else RunFolder(folder.path / f"stage-{index + 1}")
@@ -83,8 +84,6 @@ def _go(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -
         if (result := own.json("result.json")) and result["status"] == "finished":
             results.append(result)
             continue
-        if results:
-            stage.model = str(folder.path / f"stage-{index}" / "model")
         if len(stages) > 1:
             display.say(f"stage {index + 1} of {len(stages)}: {stage.name}", style="bold")
             if cluster.main:
@@ -97,6 +96,29 @@ def _go(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -
     result = results[0] if len(stages) == 1 else _combine(results, folder, len(stages), cluster)
     cluster.barrier()  # a launcher ends all processes when one exits with a failure, which a stopped run counts as
     return result
+
+
+def stages_of(recipe: Recipe, folder: RunFolder) -> list[Recipe]:
+    """Return the stages of a run as they are run: each knows the model that it starts from.
+
+    Args:
+        recipe: the whole run's.
+        folder: the run folder, in which stages find each other's results.
+    """
+    made = recipe.staged()
+    for index, given in enumerate(recipe.stages):
+        stage = made[index]
+        if "model" not in given and index:
+            stage.model = f"stage:{index}"
+        if stage.model == "stage:0":
+            stage.model = recipe.model
+        made[index] = stage.referring(partial(_model_of, recipe, folder))
+    return made
+
+
+def _model_of(recipe: Recipe, folder: RunFolder, number: int) -> str:
+    """Return the model that a stage has made, for stage 0 the one that the run starts from."""
+    return str(folder.path / f"stage-{number}" / "model" if number else getattr(recipe.build("model"), "path", ""))
 
 
 def _stage(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -> dict[str, Any]:

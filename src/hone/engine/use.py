@@ -17,7 +17,7 @@ from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
 from hone.engine.loop import Run
 from hone.engine.progress import Display, listen
-from hone.engine.run import require_finished
+from hone.engine.run import require_finished, stages_of
 from hone.errors import HoneError
 from hone.recipe import Recipe
 from hone.samplers.text import Greedy
@@ -38,7 +38,7 @@ def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
     if (path / "recipe.yaml").is_file():
         folder = RunFolder.open(path)
         require_finished(folder)
-        return folder.path / "model", Recipe.load(folder.path / "recipe.yaml").staged()[-1]
+        return folder.path / "model", stages_of(Recipe.load(folder.path / "recipe.yaml"), folder)[-1]
     return (str(path) if str(path) == "base" else path), None
 
 
@@ -74,7 +74,8 @@ def sample_run(
     else:
         raise HoneError("give a prompt: hone sample FOLDER --prompt 'some text'")
     sampler = Sampling(temperature=temperature) if temperature > 0 else Greedy()
-    made = generate(
+    answering = generate if recipe is None else ready_objective(recipe, model, Path(folder)).generate
+    made = answering(
         model, [model.renderer.prompt_ids(s) for s in asked], samples=samples, max_new_tokens=max_new_tokens,
         sampler=sampler, stop=model.renderer.stop_ids, seed=seed,
     )  # fmt: skip
@@ -82,6 +83,21 @@ def sample_run(
         {"prompt": evaluate.show_prompt(s), "answers": [model.renderer.decode(g.tokens) for g in group]}
         for s, group in zip(asked, made, strict=True)
     ]
+
+
+def ready_objective(recipe: Recipe, model: LanguageModel, folder: Path) -> Any:
+    """Return a run's objective, with what it has put beside the model read from the run.
+
+    Args:
+        recipe: of the run's last stage.
+        model: the run's model.
+        folder: where it was saved.
+    """
+    objective = recipe.build("objective")
+    objective.look(recipe.build("data"))
+    objective.equip(model)
+    model.load_extras(folder)
+    return objective
 
 
 def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, float]:
@@ -100,18 +116,16 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
         raise HoneError(f"--set {wrong[0]}: an evaluation looks at {', '.join(EVALUATED)} only")
     folder = RunFolder.open(path)
     require_finished(folder)
-    stages = Recipe.load(folder.path / "recipe.yaml", overrides).staged()
-    recipe = stages[-1]
-    if len(stages) > 1:
-        recipe.model = str(folder.path / f"stage-{len(stages) - 1}" / "model")  # what the last stage started from
+    recipe = stages_of(Recipe.load(folder.path / "recipe.yaml", overrides), folder)[-1]
     cluster = Cluster(recipe.device, recipe.precision)
     model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
-    objective = recipe.build("objective")
+    objective = ready_objective(recipe, model, folder.path / "model")
     source, split = evaluation_data(recipe)
     display.start("reading held-out data", None)
     opened = open_data(
-        source, model.renderer, consumes=objective.consumes, split=split, context=model.context, progress=display.update
-    )
+        source, model.renderer, consumes=objective.consumes, classes=objective.class_names(), split=split,
+        context=model.context, progress=display.update,
+    )  # fmt: skip
     display.stop()
     objective.setup(Run(recipe, cluster, model, objective, loader=None, total=0))  # it may need a reference model
     judges = evaluate.Judges(opened, recipe.build("metrics"), recipe.build("sampler"))  # of the task alone

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from hone.errors import DataError
 from hone.objectives.base import trained
+from hone.text.pack import CHOSEN, SCORE
 from hone.text.vocabulary import token_logprobs
 
 if TYPE_CHECKING:
     from hone.text.model import LanguageModel
     from hone.text.pack import Packed
-
-CHOSEN = "chosen"  # per-segment field: 1 for a preferred answer, 0 for a rejected one, NaN elsewhere
-SCORE = "score"  # per-segment field of ranked answers: the higher the better, NaN elsewhere
 
 
 @dataclass(frozen=True)

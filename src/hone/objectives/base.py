@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from hone.data.source import Source
+    from hone.text.generate import Generation
     from hone.text.model import LanguageModel
     from hone.text.pack import Packed, Tree
 
@@ -35,7 +39,27 @@ class Objective:
     as well; `loss` is then what evaluation reports.
     """
 
-    consumes: ClassVar[str] = "sequences"  # or "tokens", "pairs", "prompts": what the data must be rendered as
+    consumes: ClassVar[str] = "sequences"  # or "tokens", "pairs", "prompts", ...: what the data must be rendered as
+
+    def look(self, source: Source) -> None:
+        """Learn from the data what must be known before it is rendered, e.g. the names of classes; here nothing.
+
+        Args:
+            source: the training data.
+        """
+
+    def class_names(self) -> Sequence[str]:
+        """Return the names of the classes of labelled data in the order of their numbers, known after `look`."""
+        return ()
+
+    def equip(self, model: LanguageModel) -> None:
+        """Put into `model.extras` what trains beside the network, e.g. a classification head; here nothing.
+
+        It is called once before the adapter is attached and the optimizer made, and when a saved model is used again.
+
+        Args:
+            model: the language model, as the run starts from it.
+        """
 
     def setup(self, run: Any) -> None:
         """Prepare once before the first step, e.g. add players or cache a reference model's values.
@@ -90,6 +114,18 @@ class Objective:
             NotImplementedError: the subclass does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, batch)")
+
+    def generate(self, model: LanguageModel, prompts: Sequence[np.ndarray], **options: Any) -> list[list[Generation]]:
+        """Answer prompts as a model that was trained for this objective does; here like any other.
+
+        Args:
+            model: the language model.
+            prompts: token ids of each prompt.
+            options: those of `hone.text.generate.generate`.
+        """
+        from hone.text.generate import generate
+
+        return generate(model, prompts, **options)
 
     def turns(self, model: LanguageModel, batch: Packed) -> Iterator[Turn]:
         """Yield the batch's turns in order: one loss for each player that trains; here one, for "model".

@@ -41,7 +41,7 @@ class SFT(Objective):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss over trained tokens, and the weight of those that are likeliest as "accuracy".
+        """Return the summed loss over trained tokens, and the weight of those that are likeliest as "token_accuracy".
 
         Args:
             model: the language model that trains.
@@ -73,7 +73,7 @@ class Pretrain(Objective):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
 
     def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss over predicted tokens, and how many of them are likeliest as "accuracy".
+        """Return the summed loss over predicted tokens, and how many of them are likeliest as "token_accuracy".
 
         Args:
             model: the language model that trains.
@@ -85,7 +85,7 @@ class Pretrain(Objective):
 def next_token_loss(
     model: LanguageModel, batch: Packed, predictions: Predictions, function: CrossEntropy
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a weighted sum of a cross-entropy over predictions, and {"accuracy": weight of the correct ones}.
+    """Return a weighted sum of a cross-entropy over predictions, and {"token_accuracy": weight of the correct ones}.
 
     Args:
         model: gives hidden states (T, D) and the head.
@@ -97,4 +97,4 @@ def next_token_loss(
     hidden = model.hidden(batch)[predictors]
     hits = torch.empty_like(weights)
     loss = vocabulary_sum(hidden, model.head, targets, weights, function, hits=hits)
-    return loss, {"accuracy": (weights * hits).sum()}
+    return loss, {"token_accuracy": (weights * hits).sum()}

@@ -107,7 +107,7 @@ class LREC(Objective):
             self.teacher.packs = False
 
     def loss(self, model: LanguageModel, batch: Packed) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss over predicted tokens, and how many of them are likeliest as "accuracy".
+        """Return the summed loss over predicted tokens, and how many of them are likeliest as "token_accuracy".
 
         Args:
             model: the language model that trains.
@@ -127,4 +127,4 @@ class LREC(Objective):
             hidden, model.head, chosen.targets, chosen.weights, function,
             extras=[lambda rows: head(states[rows])], hits=hits,
         )  # fmt: skip
-        return loss, {"accuracy": (chosen.weights * hits).sum()}
+        return loss, {"token_accuracy": (chosen.weights * hits).sum()}

@@ -152,6 +152,8 @@ class TreePlan:
     """Attention over one packed batch; built once, used by every layer."""
 
     intervals: Intervals | None = None  # for flex attention, which knows trees only
+    open: TreePlan | None = None  # the same forest without the causal mask in some segments
+    two_way_layers: frozenset[int] | None = None  # the layers that use it, None for all
 
     def __init__(self, batch: Packed) -> None:
         """Lay out the forest: what each segment's chain is and which blocks of scores are needed.
@@ -159,12 +161,15 @@ class TreePlan:
         Args:
             batch: the packed forest.
         """
-        starts, parents = _joined(batch)
+        starts, parents, two_way = _joined(batch)
         chains: list[list[int]] = []
         for index, parent in enumerate(parents):
             chains.append([*(chains[parent] if parent >= 0 else []), index])
         self._lay_out(starts, chains)
         self.intervals = Intervals(starts, parents, batch.positions)
+        self.two_way_layers = batch.two_way_layers
+        if any(two_way):
+            self.open = OpenPlan(starts, parents, chains, two_way, batch.positions)
 
     def _lay_out(self, starts: list[int], chains: list[list[int]]) -> None:
         """Work out the blocks of segments that see themselves causally and the rest of their chain in full."""
@@ -194,6 +199,8 @@ class TreePlan:
         Raises:
             PackingError: the layer does not see the packed row as it is.
         """
+        if self.open is not None and (self.two_way_layers is None or _number(module) in self.two_way_layers):
+            return self.open.attend(module, query, key, value, scoring)
         if query.shape[0] != 1 or query.shape[2] != self.tokens or key.shape[2] != self.tokens:
             raise PackingError(f"{type(module).__name__} makes {tuple(query.shape)} of a row of {self.tokens} tokens")
         # Under autocast the values are in low precision already, while rotary embeddings may have widened the others.
@@ -222,10 +229,46 @@ class TreePlan:
             seen = [_cat([_cat([x[j] for j in self.chains[i]], 2) for i in members], 0) for x in (keys, values)]
             case = own, before, scoring.sliding_window
             if case not in self.masks:
-                self.masks[case] = visible_keys(own, own + before, scoring.sliding_window, query.device)
+                self.masks[case] = _mask(own, before, scoring.sliding_window, query.device)
             made = masked_attention(rows, seen[0], seen[1], self.masks[case], scoring)
             outputs.update(zip(members, made.split(1), strict=True))
         return torch.cat([outputs[i] for i in range(len(outputs))], dim=1)
+
+
+class OpenPlan(TreePlan):
+    """Attention over a forest in which the tokens of some segments see all of their own segment."""
+
+    def __init__(
+        self, starts: list[int], parents: list[int], chains: list[list[int]], two_way: Sequence[bool], positions: Tensor
+    ) -> None:
+        """Lay out the forest.
+
+        Args:
+            starts: S + 1 offsets of the segments, and T.
+            parents: S indices of the parents, -1 for roots.
+            chains: per segment the segments that it sees, itself last.
+            two_way: per segment whether its tokens see each other in both directions.
+            positions: (T,) position of each token on its chain.
+        """
+        self._lay_out(starts, chains)
+        self.blocks = [
+            block._replace(causal=block.causal and not two_way[index]) if index < len(two_way) else block
+            for index, block in enumerate(self.blocks)
+        ]
+        self.intervals = Intervals(starts, parents, positions, two_way)
+        regrouped: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for (own, before), members in self.groups.items():
+            for index in members:
+                regrouped[own, -1 - before if two_way[index] else before].append(index)
+        self.groups = dict(regrouped)
+
+
+def _number(module: nn.Module) -> int:
+    """Return which layer an attention module is in, as transformers counts them."""
+    number = getattr(module, "layer_idx", None)
+    if not isinstance(number, int):
+        raise PackingError(f"{type(module).__name__} does not say which layer it is in")
+    return number
 
 
 def visible_keys(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -284,30 +327,43 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return (weights @ value).transpose(1, 2)
 
 
+def _mask(own: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys a segment sees, `before` being that of its chain, or -1 less that where it sees both ways."""
+    if before >= 0:
+        return visible_keys(own, own + before, window, device)
+    if window is not None:
+        raise PackingError("a sliding window that bites cannot be opened to both sides")
+    return torch.ones(own, own - 1 - before, dtype=torch.bool, device=device)
+
+
 def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Concatenate without copying a part that is alone."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _joined(batch: Packed) -> tuple[list[int], list[int]]:
-    """Return starts and parents of the forest with every only child that follows its parent joined to it.
+def _joined(batch: Packed) -> tuple[list[int], list[int], list[bool]]:
+    """Return starts, parents and marks of the forest with every only child that follows its parent joined to it.
 
-    The chain of a token stays the same, so attention does; a conversation in many segments becomes one.
+    The chain of a token stays the same, so attention does; a conversation in many segments becomes one. A causal
+    segment and one that is seen both ways stay apart.
     """
     starts, parents = batch.starts.tolist(), batch.parents.tolist()
+    marks = [False] * len(parents) if batch.two_way is None else batch.two_way.tolist()
     children = [0] * len(parents)
     for parent in parents:
         if parent >= 0:
             children[parent] += 1
     new_starts: list[int] = []
     new_parents: list[int] = []
+    new_marks: list[bool] = []
     place: list[int] = []  # of each old segment among the new ones
     for index, parent in enumerate(parents):
-        if parent < 0 or parent != index - 1 or children[parent] > 1:
+        if parent < 0 or parent != index - 1 or children[parent] > 1 or marks[index] != marks[parent]:
             new_starts.append(starts[index])
             new_parents.append(place[parent] if parent >= 0 else -1)
+            new_marks.append(marks[index])
         place.append(len(new_starts) - 1)
-    return [*new_starts, starts[-1]], new_parents
+    return [*new_starts, starts[-1]], new_parents, new_marks
 
 
 def _blocks(starts: list[int], chains: list[list[int]]) -> list[Block]:

@@ -25,7 +25,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Block(NamedTuple):
-    """Queries [start, end) on keys [first, last); causal blocks have the same range for both.
+    """Queries [start, end) on keys [first, last); a segment's block on itself has the same range for both.
 
     Args:
         start: first query.
@@ -66,7 +66,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[
         query: (1, H, T, d).
         key: (1, H', T, d), H' a divisor of H.
         value: (1, H', T, d).
-        blocks: the causal blocks, which cover every token once, and after them the full ones.
+        blocks: those of segments on themselves, which cover every token once, and after them those on ancestors.
         scaling: factor on the scores.
 
     Returns:
@@ -92,7 +92,7 @@ class _BlockAttention(torch.autograd.Function):
                 queries[:, :, start:end], keys[:, :, first:last], values[:, :, first:last], 0.0, causal, scale=scaling
             )
             here, total = merged[:, :, start:end], log_sums[:, :, start:end]
-            if causal:
+            if start == first:
                 here.copy_(part)
                 total.copy_(log_sum)
             else:
@@ -124,7 +124,7 @@ class _BlockAttention(torch.autograd.Function):
                 d_key, d_value = (x.sum(1, keepdim=True, dtype=wide) for x in (d_key, d_value))
             into = (by_query[:, :, rows], d_query), (by_key[:, :, columns], d_key), (by_value[:, :, columns], d_value)
             for total, part in into:
-                if causal:  # these come first and cover every token once
+                if start == first:  # these come first and cover every token once
                     total.copy_(part)
                 else:
                     total.add_(part)

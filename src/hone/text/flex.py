@@ -7,7 +7,7 @@ numbers per token decide what it sees, whatever the depth; whole tiles without a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -21,15 +21,18 @@ MaskMod = Callable[[Any, Any, Tensor, Tensor], Tensor]
 class Intervals:
     """Which tokens of a packed forest see which, by pre-order intervals."""
 
-    def __init__(self, starts: list[int], parents: list[int], positions: Tensor) -> None:
+    def __init__(
+        self, starts: list[int], parents: list[int], positions: Tensor, two_way: Sequence[bool] | None = None
+    ) -> None:
         """Keep the shape of the forest; the numbers are worked out when they are first needed.
 
         Args:
             starts: S + 1 offsets of the segments, and T.
             parents: S indices of the parents, -1 for roots.
             positions: (T,) position of each token on its chain.
+            two_way: per segment whether its tokens see each other in both directions; None for none.
         """
-        self.starts, self.parents, self.positions = starts, parents, positions
+        self.starts, self.parents, self.positions, self.two_way = starts, parents, positions, two_way
         self.masks: dict[int | None, BlockMask] = {}
 
     @cached_property
@@ -62,6 +65,16 @@ class Intervals:
             window: a query sees keys at most `window - 1` positions back; None for no limit.
         """
         (enter, leave), positions = self.of_tokens, self.positions
+        if self.two_way is not None:
+            lengths = torch.tensor(self.starts).diff()
+            marked = torch.tensor(list(self.two_way)).repeat_interleave(lengths).to(positions.device)
+
+            def sees_both_ways(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+                on_chain = (enter[key] <= enter[query]) & (enter[query] < leave[key]) & (key <= query)
+                near = on_chain | (marked[query] & (enter[key] == enter[query]))
+                return near if window is None else near & ((positions[query] - positions[key]).abs() < window)
+
+            return sees_both_ways
 
         def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
             on_chain = (enter[key] <= enter[query]) & (enter[query] < leave[key]) & (key <= query)

@@ -25,7 +25,7 @@ from hone.samplers.text import greedy
 from hone.text.attention import Plan
 from hone.text.cache import DecodeCache, PromptPlan
 from hone.text.model import LanguageModel
-from hone.text.pack import Packed, Tree, pack
+from hone.text.pack import Packed, Tree, pack, seen_both_ways
 from hone.text.steering import steering_of
 
 PREFILL_TOKENS = 16384  # most prompt tokens in one forward pass, which bounds its activations
@@ -33,6 +33,19 @@ COMPACT_BELOW = 0.75  # finished samples are dropped when fewer than this fracti
 
 Sampler = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a sampler that looks back sees of the answers so far.
+
+    Args:
+        tokens: (N, n) int32 ids that each row has drawn.
+        stop: ids that end an answer.
+    """
+
+    tokens: np.ndarray
+    stop: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +87,7 @@ def generate(
     stop: Sequence[int] = (),
     seed: int = 0,
     batch: int = 64,
+    prefix: bool = False,
     on_progress: Progress | None = None,
 ) -> list[list[Generation]]:
     """Continue each prompt `samples` times.
@@ -87,10 +101,12 @@ def generate(
         prompts: token ids of each prompt, none empty.
         samples: answers to each prompt.
         max_new_tokens: most tokens of an answer, a stop token included.
-        sampler: called with logits (N, V) and uniforms (N,) in [0, 1), returns (N,) ids.
+        sampler: called with logits (N, V) and uniforms (N,) in [0, 1), returns (N,) ids. One whose `looks_back` is true
+            is given a `History` as well.
         stop: ids that end an answer.
         seed: seeds the uniforms; the same seed draws the same answers again.
         batch: most samples that run at once, which bounds memory; the samples of one prompt always run together.
+        prefix: whether the tokens of a prompt see each other in both directions, as in a prefix language model.
         on_progress: called with (finished samples, all samples) whenever some finish.
 
     Returns:
@@ -111,11 +127,13 @@ def generate(
         if on_progress is not None:
             on_progress(before + count, samples * len(prompts))
 
+    if prefix and not model.packs:
+        raise ModelError(f"{type(model.hf).__name__} does not run packed, so that its prompts cannot be prefixes")
+    decode = partial(_decode, prefix=prefix) if model.packs else _decode_with_transformers
     with evaluating(model), torch.no_grad():
         for wave in _waves(lengths, max(1, batch // samples), equal=not model.packs):
             draws = _Draws(wave, room[wave], samples, sampler, stop, seed, partial(report, samples * len(found)))
-            run = _decode if model.packs else _decode_with_transformers
-            run(model, [np.asarray(prompts[i]) for i in wave], samples, draws)
+            decode(model, [np.asarray(prompts[i]) for i in wave], samples, draws)
             found.update(zip(wave.tolist(), draws.generations(samples), strict=True))
     return [found[i] for i in range(len(prompts))]
 
@@ -177,7 +195,11 @@ class _Draws:
         logits = wide(logits)
         kind = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
         uniforms = torch.from_numpy(_uniforms(self.keys[rows], step, 24 if kind == torch.float32 else 53))
-        ids = self.sampler(logits, uniforms.to(kind).to(logits.device))
+        uniform = uniforms.to(kind).to(logits.device)
+        if getattr(self.sampler, "looks_back", False):
+            ids = self.sampler(logits, uniform, History(self.tokens[rows, :step], self.stop))  # type: ignore[call-arg]
+        else:
+            ids = self.sampler(logits, uniform)
         logprobs = (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)).cpu().numpy()
         if not np.isfinite(logprobs).all():
             prompt = self.prompts[rows[~np.isfinite(logprobs)][0]]
@@ -204,14 +226,16 @@ class _Draws:
         return Generation(tokens[:-1], logprobs[:-1], True, int(tokens[-1]), float(logprobs[-1]))
 
 
-def _decode(model: LanguageModel, prompts: list[np.ndarray], samples: int, draws: _Draws) -> None:
+def _decode(
+    model: LanguageModel, prompts: list[np.ndarray], samples: int, draws: _Draws, *, prefix: bool = False
+) -> None:
     """Run prompts and their samples through a packed model until all samples have ended."""
     lengths = np.array([len(prompt) for prompt in prompts]) + model.front
     steering = steering_of(model.hf)
     watcher = None if steering is None else steering.watch(prompts, samples)
     device = next(model.parameters()).device
     cache = DecodeCache(lengths.tolist(), samples, int(draws.room.max()) - 1, device)
-    logits = _prefill(model, prompts, cache).repeat_interleave(samples, dim=0)
+    logits = _prefill(model, prompts, cache, prefix).repeat_interleave(samples, dim=0)
     lengths = lengths.repeat(samples)
     rows = np.arange(len(lengths))
     for step in range(int(draws.room.max())):
@@ -233,7 +257,7 @@ def _decode(model: LanguageModel, prompts: list[np.ndarray], samples: int, draws
         logits = model.head(hidden)
 
 
-def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache) -> Tensor:
+def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache, prefix: bool) -> Tensor:
     """Run the prompts as packed forests of bounded size; return the (prompts, V) logits of what follows each."""
     device = next(model.parameters()).device
     logits: list[Tensor] = []
@@ -244,6 +268,7 @@ def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache
             total += len(prompts[end])
             end += 1
         forest = pack([Tree((p,), (np.zeros(len(p), np.float32),), (-1,)) for p in prompts[first:end]]).to(device)
+        forest = seen_both_ways(forest) if prefix else forest
         run = model.arrange(forest, partial(_storing, cache, first, forest, model.front))
         hidden = run.own(model.states(run.tokens, run.positions, run.plan))
         logits.append(model.head(hidden[(forest.starts[1:] - 1).to(device)]))

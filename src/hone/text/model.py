@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from hone.text.render import Renderer
 
 log = logging.getLogger("hone")
+EXTRAS_FILE = "extras.safetensors"  # beside a saved model: what an objective has added to it
 
 
 class LanguageModel(nn.Module):
@@ -55,6 +58,7 @@ class LanguageModel(nn.Module):
         self._stock = hf.config._attn_implementation
         self._arranged: tuple[Packed, Steering | None, bool, Arranged] | None = None
         self.watchers: list[Callable[[Packed, Tensor], None]] = []  # shown each batch with its last hidden states
+        self.extras = nn.ModuleDict()  # what an objective puts beside the network, e.g. a classification head
         with unsteered(hf):
             obstacle = find_obstacle(self)
         if obstacle:
@@ -152,6 +156,8 @@ class LanguageModel(nn.Module):
             batch: on the model's device.
         """
         steering, training = steering_of(self.hf), self.hf.training
+        if batch.two_way is not None:
+            self._require_two_way(steering)
         if not self.packs:
             if steering is not None and (obstacle := steering.obstacle_in_rows(training)):
                 raise ModelError(f"the sequences of this model are padded instead of packed, and {obstacle}")
@@ -165,6 +171,19 @@ class LanguageModel(nn.Module):
         for watch in self.watchers:
             watch(batch, found)
         return found
+
+    def _require_two_way(self, steering: Steering | None) -> None:
+        """Refuse to run without the causal mask where that cannot be done."""
+        if not self.packs:
+            raise ModelError(
+                f"{type(self.hf).__name__} runs padded instead of packed, so that its attention cannot be opened to "
+                "both sides; use a model that packs, and packing: true"
+            )
+        if steering is not None and steering.own_plan:
+            raise ModelError(
+                "this adapter decides itself which tokens see each other, so that attention cannot be opened to both "
+                "sides beside it; use another adapter"
+            )
 
     def arrange(self, batch: Packed, wrap: Wrap = lambda plan: plan) -> Arranged:
         """Return a batch as the decoder runs it: as it is, or as an adapter changes it.
@@ -237,6 +256,32 @@ class LanguageModel(nn.Module):
         if self.template is not None:
             self.tokenizer.chat_template = self.renderer.template
         self.tokenizer.save_pretrained(folder)
+
+    def save_extras(self, folder: Path) -> None:
+        """Write what stands beside the network, if anything does.
+
+        Args:
+            folder: the model's folder.
+        """
+        if tensors := {name: value.detach().contiguous() for name, value in self.extras.state_dict().items()}:
+            save_file(tensors, folder / EXTRAS_FILE)
+
+    def load_extras(self, folder: Path) -> None:
+        """Read what stands beside the network, which must be there in the same shape; nothing where none was saved.
+
+        Args:
+            folder: a model's folder.
+
+        Raises:
+            ModelError: what was saved is something else, e.g. a head for other classes.
+        """
+        path = folder / EXTRAS_FILE
+        if not path.is_file() or not len(self.extras):
+            return
+        try:
+            self.extras.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{path} does not fit what the objective puts beside the model: {error}") from error
 
 
 def _logit_scale(config: Any) -> float:

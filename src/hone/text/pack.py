@@ -12,13 +12,16 @@ predicted from the last token of its parent; the first token of a root is predic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+CHOSEN = "chosen"  # per-segment field: 1 for a preferred answer, 0 for a rejected one, NaN elsewhere
+SCORE = "score"  # per-segment field of ranked answers: the higher the better, NaN elsewhere
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Packed:
         fields: (S,) float32 per-segment numbers by name.
         where: per tree the "file:line" it came from, for messages.
         trees: (S,) int64 number of the tree that each segment belongs to; kept on the CPU. Empty where nobody needs it.
+        two_way: (S,) boolean, whether the tokens of a segment see each other in both directions; kept on the CPU. A
+            marked segment whose marked parent has no other child forms one block with it. None where all are causal.
+        two_way_layers: the layers in which that holds; None for all of them.
     """
 
     tokens: Tensor
@@ -72,6 +78,8 @@ class Packed:
     fields: dict[str, Tensor] = field(default_factory=dict)
     where: tuple[str, ...] = ()
     trees: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    two_way: Tensor | None = None
+    two_way_layers: frozenset[int] | None = None
 
     def __len__(self) -> int:
         """Return T, the number of tokens."""
@@ -151,6 +159,51 @@ def pack(trees: Sequence[Tree]) -> Packed:
         where=tuple(tree.where for tree in trees),
         trees=torch.tensor([n for n, tree in enumerate(trees) for _ in tree.tokens], dtype=torch.int64),
     )
+
+
+def seen_both_ways(batch: Packed, layers: Collection[int] | None = None) -> Packed:
+    """Return a batch in which every token sees all of its own segment: attention without the causal mask.
+
+    Args:
+        batch: packed forest of T tokens.
+        layers: in these layers alone; None for all.
+    """
+    chosen = None if layers is None else frozenset(layers)
+    return replace(batch, two_way=torch.ones(batch.segments, dtype=torch.bool), two_way_layers=chosen)
+
+
+def as_prefixes(batch: Packed) -> Packed:
+    """Return a batch whose prompts see themselves in both directions: the attention of a prefix language model.
+
+    A root is cut before its first trained token; what stands before it is the prefix, a segment of its own. Roots
+    without a trained token, such as the prompt of a preference pair, are prefixes as a whole.
+
+    Args:
+        batch: packed forest of T tokens, whose trees are kept apart by `trees`.
+    """
+    weights, starts = batch.weights.cpu(), batch.starts.tolist()
+    places: list[int] = []  # of each old segment's last part among the new ones
+    begins: list[int] = []
+    parents: list[int] = []
+    marked: list[bool] = []
+    kept: list[int] = []  # the old segment of each new one, for the fields
+    for index, parent in enumerate(batch.parents.tolist()):
+        begin, end = starts[index], starts[index + 1]
+        own = weights[begin:end].nonzero()
+        cut = begin + int(own[0]) if len(own) else end
+        ends = [cut] if parent < 0 and begin < cut < end else []
+        for number, first in enumerate([begin, *ends]):
+            begins.append(first)
+            parents.append(len(begins) - 2 if number else (places[parent] if parent >= 0 else -1))
+            marked.append(parent < 0 and number == 0 and cut > begin)
+            kept.append(index)
+        places.append(len(begins) - 1)
+    picked = torch.tensor(kept)
+    return replace(
+        batch, starts=torch.tensor([*begins, starts[-1]]), parents=torch.tensor(parents),
+        fields={name: value[picked.to(value.device)] for name, value in batch.fields.items()},
+        trees=batch.trees[picked] if len(batch.trees) else batch.trees, two_way=torch.tensor(marked),
+    )  # fmt: skip
 
 
 def divide(trees: Sequence[Tree], limit: int, parts: int = 1) -> list[list[Tree]]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from hone.data.formats import CONTINUES
 from hone.data.sample import Message, Sample
-from hone.errors import DataError, ModelError
+from hone.errors import DataError, ModelError, nearest
 from hone.text.pack import Tree
 from hone.text.template import FIX, ChatTemplate, Piece, find_template, plain_ids
 
@@ -174,36 +174,77 @@ class Renderer:
 
         Returns:
             Trees whose weights are 1 on what is trained and 0 elsewhere. A pair is a prompt with the children chosen
-            and rejected, marked by the field "chosen" (1, 0, and NaN at the prompt); a number in `sample.fields` is
-            repeated for each segment.
+            and rejected, marked by the field "chosen" (1, 0, and NaN at the prompt), a list one with the field "score";
+            a number in `sample.fields` is repeated for each segment.
 
         Raises:
             DataError: the chat template refuses the conversation.
             ModelError: the tokenizer or the template lacks what the sample needs.
         """
         if sample.kind == "pair":
-            return [self._pair(sample)]
+            return [self._answers(sample, {"chosen": (1.0, 0.0)})]
+        if sample.kind == "list":
+            return [self._answers(sample, {"score": sample.scores})]
         if sample.kind == "prompt":
             ids = self.prompt_ids(sample)
             return [_tree(sample, [(ids, np.zeros(len(ids), np.float32))], (-1,))]
         plain = isinstance(sample.prompt, str)
         return [_tree(sample, [self._segment(chain, plain)], (-1,)) for chain in self._chains(sample, 0)]
 
-    def _pair(self, sample: Sample) -> Tree:
-        both = [self._chains(sample, which) for which in (0, 1)]
-        if any(len(chains) > 1 for chains in both):
+    def _answers(self, sample: Sample, fields: dict[str, tuple[float, ...]]) -> Tree:
+        """Return a prompt with its answers as children; without a prompt, each answer is a root."""
+        every = [self._chains(sample, which) for which in range(len(sample.answers))]
+        if any(len(chains) > 1 for chains in every):
             raise ModelError(
                 f"{sample.where}: the chat template rewrites earlier turns, so that an answer of several assistant "
                 f"turns cannot be compared as one text. Keep one assistant turn per answer, or: {FIX}"
             )
-        chosen, rejected = (chains[0] for chains in both)
-        shared = takewhile(lambda two: two[0] == two[1] and not two[0][1], zip(chosen, rejected, strict=False))
+        own = [chains[0] for chains in every]
+        shared = takewhile(
+            lambda pieces: all(piece == pieces[0] for piece in pieces) and not pieces[0][1], zip(*own, strict=False)
+        )
         cut = len(list(shared))
-        root = self._segment(chosen[:cut], plain=isinstance(sample.prompt, str))
-        answers = [self._segment(chain[cut:], plain=False) for chain in (chosen, rejected)]
+        root = self._segment(own[0][:cut], plain=isinstance(sample.prompt, str))
+        answers = [self._segment(chain[cut:], plain=False) for chain in own]
         if not len(root[0]):
-            return _tree(sample, answers, (-1, -1), {"chosen": (1.0, 0.0)})
-        return _tree(sample, [root, *answers], (-1, 0, 0), {"chosen": (float("nan"), 1.0, 0.0)})
+            return _tree(sample, answers, (-1,) * len(answers), fields)
+        marked = {name: (float("nan"), *values) for name, values in fields.items()}
+        return _tree(sample, [root, *answers], (-1, *(0 for _ in answers)), marked)
+
+    def classified(self, sample: Sample, classes: Sequence[str]) -> Tree:
+        """Return the tree of a text or of tagged words: what is classified, with the number of its class.
+
+        A text is one segment with the field "class", none of whose tokens are trained. Words are a chain of segments,
+        one each, with the field "class"; the last token of a word weighs 1, since its state has seen all of the word.
+
+        Args:
+            sample: a text with a label, or words with theirs.
+            classes: names of the classes, in the order of their numbers.
+
+        Raises:
+            DataError: the sample has no label, or one that is no class.
+        """
+        if not sample.labels:
+            raise DataError(
+                f"{sample.where}: expected a class in a column called 'label', found none; name the column with "
+                "columns: {label: COLUMN}"
+            )
+        known = {name: float(number) for number, name in enumerate(classes)}
+        for label in sample.labels:
+            if label not in known:
+                hint = nearest(label, classes) or f"classes: {', '.join(classes)}"
+                raise DataError(f"{sample.where}: '{label}' is none of the classes ({hint})")
+        numbers = tuple(known[label] for label in sample.labels)
+        if sample.kind == "tagged":
+            texts = [f" {word}" if place else str(word) for place, word in enumerate(sample.answers)]
+            parts = [(np.array(self._ids(text) or self._ids(str(sample.answers[place])), np.int32))
+                     for place, text in enumerate(texts)]  # fmt: skip
+            parts[0] = np.concatenate([np.array(self.start, np.int32), parts[0]])
+            weights = [np.eye(1, len(part), len(part) - 1, dtype=np.float32)[0] for part in parts]
+            chain = tuple(range(-1, len(parts) - 1))
+            return Tree(tuple(parts), tuple(weights), chain, {"class": numbers}, sample.where)
+        ids, _ = self._segment([(Piece(str(sample.answers[0])), False)], plain=True)
+        return _tree(sample, [(ids, np.zeros(len(ids), np.float32))], (-1,), {"class": numbers})
 
     def _chains(self, sample: Sample, which: int) -> list[Chain]:
         """Return the chains that train answer number `which` of a sample; a conversation holds its answers itself."""

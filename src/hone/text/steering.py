@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class Steering:
     """
 
     front: int = 0  # virtual tokens before position 0 of a text
+    own_plan: ClassVar[bool] = False  # whether it lays out the attention itself, which then is causal throughout
 
     def __init__(self, layer: nn.Module) -> None:
         """Hold the layer."""
@@ -245,6 +246,8 @@ def behind(batch: Packed, ids: Tensor) -> Packed:
         starts=torch.cat([batch.starts.new_zeros(1), batch.starts + front]),
         parents=torch.cat([batch.parents.new_tensor([-1]), batch.parents + 1]),
         weights=torch.cat([batch.weights.new_zeros(front), batch.weights]),
+        two_way=None if batch.two_way is None else torch.cat([batch.two_way.new_zeros(1), batch.two_way]),
+        two_way_layers=batch.two_way_layers,
     )
 
 
