@@ -52,7 +52,7 @@ class ModelMade(Source):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     max_new_tokens: Annotated[int, Field(ge=1)] = 128
     seed: Annotated[int, Field(ge=0)] = 0
-    _load: Callable[[], LanguageModel] | None = field(default=None, init=False, repr=False)
+    _load: Callable[[], Any] | None = field(default=None, init=False, repr=False)
     _start: str = field(default="the starting model", init=False, repr=False)
 
     def meet(self, load: Callable[[], LanguageModel], identity: str) -> None:
@@ -117,7 +117,8 @@ class ModelMade(Source):
 
             loaded = LanguageModel.load(self.model, device=Cluster().device)
             self._load = lambda: loaded
-        return self._load()
+        answering: LanguageModel = self._load()
+        return answering
 
     def questions(self, split: Split) -> Iterator[Sample]:
         """Yield the samples that evaluation asks: those of the source, whatever the model answered to them.
