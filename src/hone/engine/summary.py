@@ -28,7 +28,8 @@ def summary(result: dict[str, Any]) -> list[str]:
     for name, after in result["after"].items():
         before = result["before"].get(name)
         if before is not None:
-            shown = [f"{value:.3f}" if name.endswith("loss") else f"{value:.1%}" for value in (before, after)]
+            share = "accuracy" in name and 0 <= before <= 1
+            shown = [f"{value:.1%}" if share else f"{value:.3f}" for value in (before, after)]
             lines.append(f"held-out {name}: {shown[0]} before, {shown[1]} after")
     return [
         *lines, f"model:  {result['model']}", f"report: {result['report']}", "next:",

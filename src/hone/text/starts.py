@@ -14,10 +14,28 @@ from pydantic import Field
 from hone.data.sample import Sample
 from hone.errors import nearest
 from hone.parts import part
+from hone.text.chunks import chunk_feed_forward
 from hone.text.model import LanguageModel
 
+Chunk = Annotated[int, Field(ge=1)] | None
 
-@part("model", "pretrained", papers="original")
+
+@part(
+    "model",
+    "pretrained",
+    papers=[
+        ("Enhancing Training Efficiency Using Packing with Flash Attention", "arXiv:2407.09105"),
+        (
+            "MINI-SEQUENCE TRANSFORMER: Optimizing Intermediate Memory for Long Sequences Training",
+            "arXiv:2407.15892",
+        ),
+    ],
+    claim="Packed rows in which each sample sees itself alone, and blocks that run over a few tokens at a time, train "
+    "to the same loss with more tokens a second and with less memory.",
+    deviations="The papers are the sources of what is done with a model, not of loading one. Packing (the recipe's "
+    "`packing`) needs no flash kernels: attention goes segment by segment. Of mini-sequences, the output layer is "
+    "always chunked; `mlp_chunk` does it to the feed-forward blocks.",
+)
 @dataclass(kw_only=True)
 class Pretrained:
     """Start from a model folder, a Hub name, or a finished run's `model` folder.
@@ -27,11 +45,14 @@ class Pretrained:
     Args:
         path: "base" (the shipped model), a folder in Hugging Face or PEFT format, or a Hub name "owner/name".
         template: chat template: "chatml", a path of a .jinja file, or None for the tokenizer's own.
+        mlp_chunk: most tokens that a feed-forward block takes at once, in training recomputed in the backward pass
+            (mini-sequences); None runs it over all.
     """
 
     from_nothing: ClassVar[bool] = False
     path: str
     template: str | None = None
+    mlp_chunk: Chunk = None
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the path, without loading anything."""
@@ -53,7 +74,9 @@ class Pretrained:
             dtype: of its weights.
             data: unused; a pretrained model brings its own tokenizer.
         """
-        return LanguageModel.load(self.path, device=device, dtype=dtype, template=self.template)
+        return _chunked(
+            LanguageModel.load(self.path, device=device, dtype=dtype, template=self.template), self.mlp_chunk
+        )
 
 
 @part("model", "fresh", papers="original")
@@ -68,6 +91,7 @@ class Fresh:
         vocabulary: size of a tokenizer that is trained, in tokens.
         tokenizer_samples: samples that a tokenizer is trained on.
         template: chat template, as in `pretrained`.
+        mlp_chunk: as in `pretrained`.
     """
 
     from_nothing: ClassVar[bool] = True  # no base that a saved adapter could name
@@ -76,6 +100,7 @@ class Fresh:
     vocabulary: Annotated[int, Field(ge=300)] = 2048
     tokenizer_samples: Annotated[int, Field(gt=0)] = 20_000
     template: str | None = None
+    mlp_chunk: Chunk = None
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the configuration."""
@@ -105,7 +130,13 @@ class Fresh:
             samples = itertools.islice(data.samples("train"), self.tokenizer_samples)
             tokenizer = train_tokenizer(_texts(samples), self.vocabulary)
         model = LanguageModel.fresh(self.config, tokenizer, template=self.template)
-        return model.to(device=device, dtype=dtype)
+        return _chunked(model.to(device=device, dtype=dtype), self.mlp_chunk)
+
+
+def _chunked(model: LanguageModel, tokens: int | None) -> LanguageModel:
+    if tokens is not None:
+        chunk_feed_forward(model.hf, tokens)
+    return model
 
 
 def _texts(samples: Iterable[Sample]) -> Iterator[str]:
