@@ -272,5 +272,21 @@ def export(
     print(json.dumps(made) if as_json else shown)
 
 
+@app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="Model folders, adapters or Hub names, trained from one start.")],
+    out: Annotated[Path, typer.Option(help="The new model's folder.")],
+    method: Annotated[str, typer.Option(help="A merger; see: hone list merger.")] = "linear",
+    base: Annotated[str | None, typer.Option(help="What they were trained from, where changes are added.")] = None,
+    overrides: Set = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Merge models into one, through their files; --set gives the method's options, e.g. density=0.2."""
+    from hone.engine.merging import merge_command
+
+    made = merge_command(models, base, method, overrides, out)
+    print(json.dumps(made) if as_json else f"{made['path']}: {made['parameters']:,} parameters")
+
+
 if __name__ == "__main__":
     main()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hone.data.open import ACCEPTED
 from hone.objectives.base import Objective, Turn, trained
 from hone.objectives.language import SFT, Pretrain
 from hone.parts import catalogue, load
@@ -29,7 +30,30 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"label_smoothing": 0.1}],
     "pretrain": [{"z_loss": 1e-2}],
+    "ldr": [{"temperature": 2.0, "margin": 0.5, "adapt": 2.0}],
+    "classify": [
+        {"pooling": "mean", "cost": "focal"},
+        {"pooling": "max", "cost": "cross-entropy", "label_smoothing": 0.1},
+        {"cost": "ldr"},
+        {"cost": "aldr", "temperature": 1.0, "bounded": False, "unmask": "all"},
+    ],
+    "tag": [{"unmask": "all"}, {"unmask": [0]}],
+    "reward-model": [{"margin": 1.0, "centring": 0.01}],
+    "focal": [{"gamma": 0.5}],
+    "weighted": [{"power": 0.5, "length": 1.0, "last": 3.0}],
+    "mft": [{"replace": "random"}],
+    "noisefit": [{"choose": "low", "hard": 0.0, "consistency": 1.0, "temperature": 2.0}],
+    "scheduled-sampling": [{"passes": 2, "temperature": 0.0, "generator": "current"}],
+    "ul2": [{"denoisers": "ul2r", "prefix": False, "flags": False}],
+    "s2s-ft": [{"form": "causal", "label_smoothing": 0.1}, {"form": "masked"}],
+    "coconut": [{"thoughts": 1, "uniform": 0.5}],
+    "sequence-match": [{"alpha": 0.5, "gamma": 0.9, "noise": 0.5, "noise_from": "answer"}, {"backspace": "none"}],
     "lrec": [{"match": "mse", "cross_entropy": 0.0}],
+    "minor-sft": [{"beta": 0.0}],
+    "poft": [{"references": ["start", "start"], "beta": 4.0}],
+    "dft": [{"score": "mean", "tau": 0.3}, {"gamma": 1.0}],
+    "kto": [{"point": "zero", "undesirable": 2.0}],
+    "aft": [{"constraint": "detached"}, {"constraint": "none", "sft": 0.0}],
 }
 
 
@@ -78,7 +102,28 @@ def pairs() -> list[Tree]:
     return [tree([p, a, b], [-1, 0, 0], seed=p, prompt=p, **fields) for p, a, b in ((3, 4, 2), (2, 1, 5), (6, 3, 3))]
 
 
-TOYS: dict[str, Callable[[], list[Tree]]] = {"sequences": sequences, "tokens": sequences, "pairs": pairs}
+def judged() -> list[Tree]:
+    ranked = tree([3, 2, 4, 3], [-1, 0, 0, 0], seed=4, prompt=3, score=(float("nan"), 0.2, 0.9, 0.7))
+    single = [tree([n], [-1], seed=n, prompt=n // 2, label=(float(n % 2),)) for n in (5, 8)]
+    return [*pairs(), ranked, *single]
+
+
+def labelled() -> list[Tree]:
+    return [tree([n], [-1], seed=n, prompt=n, **{"class": (float(n % 3),)}) for n in (2, 5, 7, 8, 12)]
+
+
+def tagged() -> list[Tree]:
+    def words(*sizes: int) -> Tree:
+        made = tree(sizes, range(-1, len(sizes) - 1), seed=len(sizes), **{"class": [float(n % 3) for n in sizes]})
+        return replace(made, weights=tuple(np.eye(1, n, n - 1, dtype=np.float32)[0] for n in sizes))
+
+    return [words(2, 1, 3), words(3, 2), words(2, 2, 1, 1, 3)]
+
+
+TOYS: dict[str, Callable[[], list[Tree]]] = {
+    "sequences": sequences, "tokens": sequences, "pairs": pairs, "judged": judged,
+    "labelled": labelled, "tagged": tagged, "streams": sequences,
+}  # fmt: skip
 
 NAMES = [record.name for record in catalogue() if record.kind == "objective"]
 CASES = [(name, options) for name in NAMES for options in ({}, *VARIANTS.get(name, []))]
@@ -98,6 +143,9 @@ def case(request: pytest.FixtureRequest, name: str, options: dict[str, Any]) -> 
 
     def make() -> tuple[Objective, Any]:
         objective, model = cls(**options), make_model()
+        seen = SimpleNamespace(kind=ACCEPTED[cls.consumes][0], labels=("0", "1", "2"))
+        objective.look(SimpleNamespace(streaming=False, samples=lambda split: [seen], describe=lambda: "toys"))
+        objective.equip(model)
         start = SimpleNamespace(from_nothing=False, load=lambda **options: make_teacher())
         objective.setup(SimpleNamespace(
             model=model, objective=objective, players={}, step=0, loader=None, adapter=None,

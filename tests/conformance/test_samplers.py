@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from hone import options, parts
 from hone.samplers.text import Sample, draw, keep_min_p, keep_top_k, keep_top_p
+from hone.text.generate import History
 
 SAMPLERS = [record for record in parts.catalogue() if record.kind == "sampler"]
 ROWS, VOCABULARY = 64, 50
@@ -46,19 +48,33 @@ def some_logits(dtype: torch.dtype = torch.float32) -> Tensor:
     return (3 * torch.randn(ROWS, VOCABULARY, generator=random, dtype=torch.float64)).to(dtype)
 
 
+def some_history(sampler: Any, rows: list[int], drawn: int = 7) -> list[History]:
+    """Return what a sampler that looks back is shown for some of the rows, [] for one that does not."""
+    if not getattr(sampler, "looks_back", False):
+        return []
+    tokens = np.random.default_rng(3).integers(0, VOCABULARY, (ROWS, 7)).astype(np.int32)
+    prompts = [np.arange(number % 5, dtype=np.int32) for number in range(ROWS)]
+    return [History(tokens[rows, :drawn], np.array([2, 3]), np.array(rows), prompts)]
+
+
+def call(sampler: Any, logits: Tensor, uniforms: Tensor, rows: list[int] | None = None) -> Tensor:
+    """Return what a sampler picks for some of the rows, whose histories are their own."""
+    return sampler(logits, uniforms, *some_history(sampler, list(range(ROWS)) if rows is None else rows))
+
+
 def some_uniforms(seed: int = 1) -> Tensor:
     return torch.rand(ROWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_there_are_samplers() -> None:
-    assert {record.name for record in SAMPLERS} >= {"greedy", "sample"}
+    assert {record.name for record in SAMPLERS} >= {"greedy", "sample", "rule-based"}
 
 
 @pytest.mark.parametrize(("name", "chosen"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_ids_are_valid(name: str, chosen: dict[str, Any], dtype: torch.dtype) -> None:
     for uniforms in (some_uniforms(), torch.zeros(ROWS).double(), torch.full((ROWS,), 1 - 2.0**-53).double()):
-        ids = made(name, chosen)(some_logits(dtype), uniforms)
+        ids = call(made(name, chosen), some_logits(dtype), uniforms)
         assert ids.shape == (ROWS,) and ids.dtype == torch.int64
         assert int(ids.min()) >= 0 and int(ids.max()) < VOCABULARY
 
@@ -68,19 +84,19 @@ def test_excluded_tokens_are_never_drawn(name: str, chosen: dict[str, Any]) -> N
     logits = some_logits()
     logits[:, ::2] = -torch.inf
     for uniforms in (some_uniforms(), torch.zeros(ROWS).double(), torch.full((ROWS,), 1 - 2.0**-53).double()):
-        assert bool((made(name, chosen)(logits, uniforms) % 2 == 1).all())
+        assert bool((call(made(name, chosen), logits, uniforms) % 2 == 1).all())
 
 
 @pytest.mark.parametrize(("name", "chosen"), CASES)
 def test_a_row_draws_the_same_whatever_stands_beside_it(name: str, chosen: dict[str, Any]) -> None:
     sampler, logits, uniforms = made(name, chosen), some_logits(), some_uniforms()
     before = logits.clone()
-    together = sampler(logits, uniforms)
+    together = call(sampler, logits, uniforms)
     assert torch.equal(logits, before), "the sampler changed its input"
-    assert torch.equal(together, sampler(logits, uniforms))
+    assert torch.equal(together, call(sampler, logits, uniforms))
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(together[order], sampler(logits[order], uniforms[order]))
-    alone = [int(sampler(logits[i : i + 1], uniforms[i : i + 1])) for i in range(ROWS)]
+    assert torch.equal(together[order], call(sampler, logits[order], uniforms[order], order.tolist()))
+    alone = [int(call(sampler, logits[i : i + 1], uniforms[i : i + 1], [i])) for i in range(ROWS)]
     assert together.tolist() == alone
 
 
@@ -90,7 +106,9 @@ def test_temperature_towards_zero_is_greedy(name: str, chosen: dict[str, Any], t
     known = {option.name for record in SAMPLERS if record.name == name for option in record.options}
     cold = {**chosen, "temperature": temperature} if "temperature" in known else chosen
     logits = some_logits(torch.float64)
-    assert torch.equal(made(name, cold)(logits, some_uniforms()), logits.argmax(-1))
+    sampler = made(name, cold)
+    nothing = [replace(history, prompts=()) for history in some_history(sampler, list(range(ROWS)), drawn=0)]
+    assert torch.equal(sampler(logits, some_uniforms(), *nothing), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("record", SAMPLERS, ids=lambda record: record.name)

@@ -1,4 +1,4 @@
-"""Preference runs from a recipe: the forms of the reference agree, a stopped run goes on exactly, figures are held out."""
+"""Preference runs from a recipe: forms of the reference agree, a stopped run goes on exactly, figures are held out."""
 
 from __future__ import annotations
 

@@ -127,7 +127,6 @@ NO_REGISTRY = "does not use transformers' attention registry"
     [
         ("mamba", {"state_size": 4}, NO_REGISTRY),
         ("rwkv", {"attention_hidden_size": 16}, NO_REGISTRY),
-        ("gptj", {"n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, NO_REGISTRY),
         ("recurrent_gemma", {"attention_window_size": 4}, "layers of type linear_attention"),
         ("llama4_text", {"attention_chunk_size": 8}, "layers of type chunked_attention"),
         ("doge", {}, "brings an attention mask of its own"),

@@ -304,7 +304,7 @@ def test_switching_fused_kernels_off_gives_second_derivatives() -> None:
     assert can_use_blocks(*inputs)
     output = TreePlan(batch).attend(nn.Identity(), *inputs)
     (first,) = torch.autograd.grad(output.square().sum(), inputs[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|not implemented"):
         first.sum().backward()
 
 

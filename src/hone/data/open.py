@@ -15,7 +15,7 @@ from hone.data.cache import Progress, TokenCache, cache_key
 from hone.data.loader import Loader, StreamingLoader
 from hone.data.overlong import Counts, fit_sample
 from hone.data.sample import Sample
-from hone.data.source import Source, Split
+from hone.data.source import Overlong, Source, Split
 from hone.errors import DataError
 from hone.parts import find
 from hone.text.pack import Packed, Tree, pack
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hone")
 ACCEPTED = {  # what an objective consumes -> the kinds of samples that serve as that
-    "sequences": ("text", "completion", "messages"),
-    "tokens": ("text", "completion", "messages"),  # every token trains, those of prompts too
+    "sequences": ("text", "completion", "messages", "pieces"),
+    "tokens": ("text", "completion", "messages", "pieces"),  # every token trains, those of prompts too
+    "streams": ("pieces",),  # source and target in turns
     "pairs": ("pair", "list"),
     "judged": ("pair", "list", "completion", "messages"),  # answers of which each is said to be good or bad
     "labelled": ("text",),
     "tagged": ("tagged",),
     "prompts": ("prompt", "completion", "messages"),
-    "any": ("text", "completion", "messages", "pair", "list", "tagged", "prompt"),
+    "any": ("text", "completion", "messages", "pieces", "pair", "list", "tagged", "prompt"),
 }
 _IN_WORDS = {
     "text": "plain text",
     "completion": "prompts with answers",
     "messages": "conversations",
+    "pieces": "answers in pieces",
     "pair": "preference data",
     "list": "ranked answers",
     "tagged": "tagged words",
@@ -45,7 +47,7 @@ _IN_WORDS = {
 }
 _FOR_EXAMPLE = {
     "sequences": "sft", "tokens": "pretrain", "pairs": "dpo", "judged": "kto", "labelled": "classify", "tagged": "tag",
-    "prompts": "grpo",
+    "prompts": "grpo", "streams": "east",
 }  # fmt: skip
 
 
@@ -80,7 +82,7 @@ class Rendering:
         """
         for sample in self.source.samples(self.split):
             if sample.kind not in ACCEPTED[self.consumes]:
-                raise _mismatch(sample, self.consumes)
+                raise mismatch(sample, self.consumes)
             yield sample
 
     def render(self, sample: Sample) -> tuple[list[Tree], Counts]:
@@ -96,9 +98,18 @@ class Rendering:
         if self.consumes == "tokens":
             trees = [replace(tree, weights=tuple(np.ones_like(weight) for weight in tree.weights)) for tree in trees]
         return fit_sample(
-            trees, self.source.max_tokens, self.source.overlong_for(sample.kind),
+            trees, self.source.max_tokens, self.overlong_for(sample),
             where=sample.where, trains=self.consumes not in ("labelled", "prompts", "any"),
         )  # fmt: skip
+
+    def overlong_for(self, sample: Sample) -> Overlong:
+        """Return what is done with a longer sample; a text whose class is told is cut, since it has one class.
+
+        Args:
+            sample: a sample of the source.
+        """
+        labelled = self.consumes == "labelled"
+        return self.source.overlong or ("truncate" if labelled else self.source.overlong_for(sample.kind))
 
     @property
     def key(self) -> str:
@@ -110,7 +121,13 @@ class Rendering:
         )  # fmt: skip
 
 
-def _mismatch(sample: Sample, consumes: str) -> DataError:
+def mismatch(sample: Sample, consumes: str) -> DataError:
+    """Return the error that says which objectives can use a sample.
+
+    Args:
+        sample: of a kind that the objective cannot use.
+        consumes: what it consumes, a key of `ACCEPTED`.
+    """
     fitting = []
     for name, kinds in ACCEPTED.items():
         if name != "any" and sample.kind in kinds:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hone.data.source import Overlong
 from hone.errors import DataError
-from hone.text.pack import CHOSEN, SCORE, Tree
+from hone.text.pack import CHOSEN, CLASS, SCORE, Tree
 
 _NUMBERS = ("samples", "kept", "truncated", "split", "dropped", "nothing_trained", "masked", "tokens", "trained_tokens")
 _MISHAPS = {
@@ -155,7 +155,8 @@ def fit(tree: Tree, max_tokens: int, how: Overlong) -> list[Tree]:
         cut = _truncate(tree, max_tokens)
         useless = (_no_contrast(cut) and not _no_contrast(tree)) or (_comparable(tree) and not _comparable(cut))
         pieces = [] if useless else [cut]
-    return [piece for piece in pieces if trained_tokens(piece)]
+    whole = CLASS in tree.fields and len(tree.tokens) == 1  # a text with a class, of which no token trains
+    return [piece for piece in pieces if whole or trained_tokens(piece)]
 
 
 def _windows(tree: Tree, size: int) -> list[Tree]:

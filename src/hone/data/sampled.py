@@ -139,6 +139,21 @@ class ModelMade(Source):
         grade: float | None = self.of.grade(sample, text)
         return grade
 
+    def is_right(self, sample: Sample, text: str) -> bool:
+        """Return whether an answer is right.
+
+        Args:
+            sample: a sample of the source.
+            text: the answer.
+
+        Raises:
+            DataError: the source cannot tell.
+        """
+        if (grade := self.grade(sample, text)) is None:
+            name = type(self).__name__.lower()
+            raise DataError(f"{sample.where}: the source cannot tell whether an answer is right, which '{name}' needs")
+        return grade == 1
+
     def fingerprint(self) -> str:
         """Return a hash of the source, the options, the model where it is known, and the code."""
         made = [type(self).__name__, self.of.fingerprint(), self.limit, *self._identity(), *self._choices()]
@@ -169,17 +184,18 @@ class Sampled(ModelMade):
 
     pairs: right answers against wrong ones, for preference objectives; "chosen": the same right answers alone, for SFT;
     "right": one right answer to every prompt that has one (rejection sampling); "list": all answers with score 1 or 0;
-    "steps": the first wrong line of a wrong answer against the right line there, behind the lines before it.
+    "steps": the first wrong line of a wrong answer against the right line there, behind the lines before it; "rivals":
+    the source's own answer with score 1 against whatever else was sampled, right or wrong, which nothing need grade.
 
     Where no sample is right, the source's own answer is taken (`gold`).
 
     Args:
-        make: what is made of the answers: pairs, chosen, right, list or steps.
+        make: what is made of the answers: pairs, chosen, right, list, steps or rivals.
         pairs: most pairs to a prompt.
         gold: take the source's own answer where the model gave no right one; otherwise such prompts are left out.
     """
 
-    make: Literal["pairs", "chosen", "right", "list", "steps"] = "pairs"
+    make: Literal["pairs", "chosen", "right", "list", "steps", "rivals"] = "pairs"
     pairs: Annotated[int, Field(ge=1)] = 1
     gold: bool = True
 
@@ -199,7 +215,7 @@ class Sampled(ModelMade):
         Raises:
             DataError: the source cannot tell right answers, or no model answers.
         """
-        made = self._steps(split) if self.make == "steps" else self._whole(split)
+        made = {"steps": self._steps, "rivals": self._rivals}.get(self.make, self._whole)(split)
         return itertools.islice(made, self.limit if split == "train" else None)
 
     def _whole(self, split: Split) -> Iterator[Sample]:
@@ -210,13 +226,11 @@ class Sampled(ModelMade):
 
     def _sorted(self, sample: Sample, texts: Texts) -> tuple[Texts, Texts]:
         """Return the right and the wrong answers, each once, in the order they were drawn."""
-        grades = {text: self.of.grade(sample, text) for text in dict.fromkeys(texts)}
-        if any(grade is None for grade in grades.values()):
-            raise DataError(f"{sample.where}: the source cannot tell whether an answer is right, which 'sampled' needs")
-        right = [text for text, grade in grades.items() if grade == 1]
+        grades = {text: self.is_right(sample, text) for text in dict.fromkeys(texts)}
+        right = [text for text, good in grades.items() if good]
         if not right and self.gold:
             right = [reference(sample)]
-        return right, [text for text, grade in grades.items() if grade != 1 and text.strip()]
+        return right, [text for text, good in grades.items() if not good and text.strip()]
 
     def _made(self, sample: Sample, right: Texts, wrong: Texts) -> Iterator[Sample]:
         if self.make == "right":
@@ -229,6 +243,15 @@ class Sampled(ModelMade):
             for first, second in itertools.islice(zip(itertools.cycle(right), wrong), self.pairs if right else 0):
                 answers = (first, second) if self.make == "pairs" else (first,)
                 yield replace(sample, kind="pair" if self.make == "pairs" else "completion", answers=answers)
+
+    def _rivals(self, split: Split) -> Iterator[Sample]:
+        """Yield the source's own answers with all other ones, as often as they were drawn."""
+        asked = list(self.of.samples(split))
+        for sample, texts in zip(asked, self.answers(asked, split), strict=True):
+            own = reference(sample)
+            others = [text for text in texts if text != own and text.strip()]
+            if others:
+                yield replace(sample, kind="list", answers=(own, *others), scores=(1.0,) + (0.0,) * len(others))
 
     def _steps(self, split: Split) -> Iterator[Sample]:
         """Yield pairs of single lines: the first wrong one of an answer, and the right one there, asked for again."""

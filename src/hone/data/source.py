@@ -84,11 +84,23 @@ class Source(ABC):
             load: returns it.
             identity: what tells its content.
         """
+        for inner in self.inner():
+            inner.meet(load, identity)
+
+    def suit(self, consumes: str) -> None:
+        """Learn what the objective consumes, for sources that hold samples for several; called before the first.
+
+        Args:
+            consumes: a key of `hone.data.open.ACCEPTED`.
+        """
+        for inner in self.inner():
+            inner.suit(consumes)
+
+    def inner(self) -> Iterator[Source]:
+        """Yield the sources that this one is made of."""
         for f in fields(self):
             value = getattr(self, f.name)
-            for inner in value if isinstance(value, list) else [value]:
-                if isinstance(inner, Source):
-                    inner.meet(load, identity)
+            yield from (inner for inner in (value if isinstance(value, list) else [value]) if isinstance(inner, Source))
 
     def questions(self, split: Split) -> Iterator[Sample]:
         """Yield the samples whose prompts evaluation asks and `grade` judges; here those of the split.

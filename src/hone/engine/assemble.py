@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,24 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
 
 def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Source) -> None:
     """Let sources and the objective meet the model that a run starts from, before any data is read."""
-    for source in sources:
-        source.meet(lambda: model, _identity(start))
+    acquaint(sources, lambda: model, start, objective)
     objective.look(sources[0])
     objective.equip(model)
     model.load_extras(Path(getattr(start, "path", "")))
+
+
+def acquaint(sources: Sequence[Source], load: Callable[[], LanguageModel], start: Any, objective: Any) -> None:
+    """Tell sources what their samples may depend on, before any is read.
+
+    Args:
+        sources: the data.
+        load: returns the model that the run starts from.
+        start: the part that made it.
+        objective: what the samples are for.
+    """
+    for source in sources:
+        source.meet(load, _identity(start))
+        source.suit(objective.consumes)
 
 
 def _prepare(recipe: Recipe, cluster: Cluster, model: LanguageModel, objective: Any, adapter: Any, data: Opened) -> Run:

@@ -100,7 +100,7 @@ def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, 
     """
     limit = recipe.micro_tokens or recipe.batch_tokens
     sums = {n: _total(model, objective, group, limit, cluster) for n, group in _groups(judges.data.trees).items()}
-    samples = judges.data.first(recipe.eval_samples) if judges.metrics else []
+    samples = judges.data.first(recipe.eval_samples) if judges.metrics and objective.generates else []
     with cluster.autocast():
         found = answer(
             model, judges.data.rendering.source, samples, judges.metrics, sampler=judges.sampler,

@@ -11,7 +11,7 @@ from hone.adapters.base import CONFIG_FILE, reader
 from hone.data.open import open_data
 from hone.data.sample import Message, Sample
 from hone.engine import evaluate
-from hone.engine.assemble import evaluation_data
+from hone.engine.assemble import acquaint, evaluation_data
 from hone.engine.checkpoint import staged
 from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
@@ -23,7 +23,8 @@ from hone.recipe import Recipe
 from hone.samplers.text import Greedy
 from hone.samplers.text import Sample as Sampling
 from hone.text.generate import generate
-from hone.text.model import LanguageModel
+from hone.text.heads import as_classifier, classifier_error
+from hone.text.model import EXTRAS_FILE, LanguageModel
 
 EVALUATED = (
     "data", "eval_data", "eval_samples", "max_new_tokens", "sampler", "metrics", "batch_tokens", "micro_tokens",
@@ -62,6 +63,15 @@ def sample_run(
     folder, recipe = _model_folder(path)
     cluster = Cluster()
     model = LanguageModel.load(str(folder), device=cluster.device)
+    objective = None if recipe is None else ready_objective(recipe, model, Path(folder))
+    if objective is not None and not objective.generates:
+        if not prompts:
+            raise HoneError(
+                f"this run's model does not answer but judges; give it texts with --prompt 'some text', or judge the "
+                f"held-out data: hone eval {path}"
+            )
+        said = objective.verdicts(model, prompts)
+        return [{"prompt": text, "answers": [verdict]} for text, verdict in zip(prompts, said, strict=True)]
     if prompts:
         turns = [(Message("user", text),) if chat else text for text in prompts]
         asked = [Sample(kind="prompt", prompt=turn, where="--prompt") for turn in turns]
@@ -74,7 +84,7 @@ def sample_run(
     else:
         raise HoneError("give a prompt: hone sample FOLDER --prompt 'some text'")
     sampler = Sampling(temperature=temperature) if temperature > 0 else Greedy()
-    answering = generate if recipe is None else ready_objective(recipe, model, Path(folder)).generate
+    answering = generate if objective is None else objective.generate
     made = answering(
         model, [model.renderer.prompt_ids(s) for s in asked], samples=samples, max_new_tokens=max_new_tokens,
         sampler=sampler, stop=model.renderer.stop_ids, seed=seed,
@@ -94,7 +104,8 @@ def ready_objective(recipe: Recipe, model: LanguageModel, folder: Path) -> Any:
         folder: where it was saved.
     """
     objective = recipe.build("objective")
-    objective.look(recipe.build("data"))
+    if not objective.recall(folder):
+        objective.look(recipe.build("data"))
     objective.equip(model)
     model.load_extras(folder)
     return objective
@@ -121,6 +132,8 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
     objective = ready_objective(recipe, model, folder.path / "model")
     source, split = evaluation_data(recipe)
+    start = recipe.build("model")
+    acquaint([source], lambda: start.load(device=cluster.device, dtype=cluster.dtype, data=source), start, objective)
     display.start("reading held-out data", None)
     opened = open_data(
         source, model.renderer, consumes=objective.consumes, classes=objective.class_names(), split=split,
@@ -132,8 +145,12 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     return evaluate.judge(model, objective, judges, recipe, cluster).row()
 
 
-def _check_exportable(made: Path, to: str) -> None:
-    """Refuse an adapter of a run that has none, and the merged model of an adapter that is no change of weights."""
+def _check_exportable(made: Path, to: str, dtype: str) -> None:
+    """Refuse what there is not: formats, the adapter of a run without one, the merged model of one that cannot be."""
+    if to not in ("hf", "peft"):
+        raise HoneError(f"--to: expected hf or peft, got '{to}'")
+    if dtype not in ("", *DTYPES) or (dtype and to == "peft"):
+        raise HoneError(f"--dtype: expected one of {', '.join(DTYPES)} with --to hf, got '{dtype}'")
     adapted = (made / CONFIG_FILE).is_file()
     if to == "peft" and not adapted:
         raise HoneError(f"{made} holds whole weights: there is no adapter to export; use --to hf")
@@ -147,7 +164,8 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
 
     Args:
         path: a run folder.
-        to: "hf" writes the whole model, an adapter merged into its base; "peft" the adapter alone.
+        to: "hf" writes the whole model, an adapter merged into its base, and a head as transformers' own classes for
+            classification have it; "peft" the adapter alone.
         out: where; None writes RUN/export-TO.
         dtype: "float32", "bfloat16" or "float16" for a whole model; "" keeps what was trained.
 
@@ -160,30 +178,35 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
     listen()
     folder = RunFolder.open(path)
     require_finished(folder)
-    if to not in ("hf", "peft"):
-        raise HoneError(f"--to: expected hf or peft, got '{to}'")
-    if dtype not in ("", *DTYPES) or (dtype and to == "peft"):
-        raise HoneError(f"--dtype: expected one of {', '.join(DTYPES)} with --to hf, got '{dtype}'")
     made = folder.path / "model"
-    _check_exportable(made, to)
+    _check_exportable(made, to, dtype)
     target = out or folder.path / f"export-{to}"
     if target.exists():
         raise HoneError(f"'{target}' exists already, and nothing is ever overwritten; give another one with --out")
     double = Recipe.load(folder.path / "recipe.yaml").precision == "float64"
     trained = LanguageModel.load(str(made), dtype=torch.float64 if double else torch.float32)
+    recipe = stages_of(Recipe.load(folder.path / "recipe.yaml"), folder)[-1]
+    headed = to == "hf" and (made / EXTRAS_FILE).is_file()
+    readout = ready_objective(recipe, trained, made).readout(trained) if headed else None
     for parameter in trained.parameters() if dtype else ():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(DTYPES[dtype])
     with staged(target) as staging:
-        if to == "hf":
+        if readout is not None:
+            as_classifier(trained, readout).save_pretrained(staging)
+            trained.save_tokenizer(staging)
+        elif to == "hf":
             trained.save(staging)
         else:
             for file in made.iterdir():
                 if file.is_file() and file.name != "checksums.json":
                     (staging / file.name).write_bytes(file.read_bytes())
-    again = LanguageModel.load(str(target))
     trained.float()
     ids = torch.arange(1, 33)[None] % trained.hf.config.vocab_size
-    error = float((trained.hf(input_ids=ids).logits - again.hf(input_ids=ids).logits).abs().max())
+    if readout is not None:
+        error = classifier_error(trained, readout, target, ids[0])
+    else:
+        again = LanguageModel.load(str(target))
+        error = float((trained.hf(input_ids=ids).logits - again.hf(input_ids=ids).logits).abs().max())
     if not error <= 1e-4:
         raise HoneError(f"{target}: the exported model's logits differ from the trained model's by {error:.1e}")
     return {"path": str(target), "format": to, "error": error}

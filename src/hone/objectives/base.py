@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from hone.data.source import Source
     from hone.text.generate import Generation
+    from hone.text.heads import Readout
     from hone.text.model import LanguageModel
     from hone.text.pack import Packed, Tree
 
@@ -40,6 +42,7 @@ class Objective:
     """
 
     consumes: ClassVar[str] = "sequences"  # or "tokens", "pairs", "prompts", ...: what the data must be rendered as
+    generates: ClassVar[bool] = True  # whether a model trained so answers prompts; one with a head says a verdict
 
     def look(self, source: Source) -> None:
         """Learn from the data what must be known before it is rendered, e.g. the names of classes; here nothing.
@@ -47,6 +50,14 @@ class Objective:
         Args:
             source: the training data.
         """
+
+    def recall(self, folder: Path) -> bool:
+        """Learn from a saved model what `look` learns from the data; return whether that worked, here not.
+
+        Args:
+            folder: of a model that was trained for this objective.
+        """
+        return False
 
     def class_names(self) -> Sequence[str]:
         """Return the names of the classes of labelled data in the order of their numbers, known after `look`."""
@@ -126,6 +137,26 @@ class Objective:
         from hone.text.generate import generate
 
         return generate(model, prompts, **options)
+
+    def verdicts(self, model: LanguageModel, texts: Sequence[str]) -> list[str]:
+        """Return what a model that does not generate says of texts, for those whose `generates` is False.
+
+        Args:
+            model: the trained model.
+            texts: what it shall judge.
+
+        Raises:
+            NotImplementedError: the subclass does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define verdicts(model, texts)")
+
+    def readout(self, model: LanguageModel) -> Readout | None:
+        """Return how the head that stands beside a model is read, for other libraries; None without one.
+
+        Args:
+            model: the trained model.
+        """
+        return None
 
     def turns(self, model: LanguageModel, batch: Packed) -> Iterator[Turn]:
         """Yield the batch's turns in order: one loss for each player that trains; here one, for "model".

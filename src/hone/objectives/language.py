@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hone.objectives.base import Objective, Predictions, trained
 from hone.parts import part
-from hone.text.vocabulary import CrossEntropy, vocabulary_sum
+from hone.text.vocabulary import CrossEntropy, PerToken, vocabulary_sum
 
 if TYPE_CHECKING:
     from hone.text.model import LanguageModel
@@ -83,15 +83,15 @@ class Pretrain(Objective):
 
 
 def next_token_loss(
-    model: LanguageModel, batch: Packed, predictions: Predictions, function: CrossEntropy
+    model: LanguageModel, batch: Packed, predictions: Predictions, function: PerToken
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a weighted sum of a cross-entropy over predictions, and {"token_accuracy": weight of the correct ones}.
+    """Return a weighted sum of a loss over predictions, and {"token_accuracy": weight of the correct ones}.
 
     Args:
         model: gives hidden states (T, D) and the head.
         batch: packed forest of T tokens.
         predictions: the N predictions that count.
-        function: the cross-entropy.
+        function: the loss of a token, e.g. the cross-entropy.
     """
     predictors, targets, weights = predictions
     hidden = model.hidden(batch)[predictors]

@@ -13,8 +13,8 @@ batch take one pass over the trained tokens. The unit is the pair: the loop divi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hone.objectives.answers import Answers, Pairs, answers_of, best_of, pairs_of, token_values, tree_field
 from hone.objectives.base import Objective
-from hone.objectives.reference import Reference, Where, make_reference
+from hone.objectives.reference import Referring
 
 if TYPE_CHECKING:
     from hone.text.model import LanguageModel
@@ -153,41 +153,14 @@ class Preference(Objective):
 
 
 @dataclass(kw_only=True)
-class Referenced(Preference):
+class Referenced(Referring, Preference):
     """The base of losses over log-ratios to a reference model: the model that the run starts from.
 
     Args:
         beta: strength of the pull towards the reference; the reward of an answer is beta times its log-ratio.
-        reference: where its values come from: "adapter" (the base of the adapter that trains), "cached" (computed once
-            before the first step and kept on disk), "copy" (a second model in memory); "auto" takes what costs least.
     """
 
     beta: Positive = 0.1
-    reference: Where = "auto"
-    _reference: Reference | None = field(init=False, default=None, repr=False)
-
-    def setup(self, run: Any) -> None:
-        """Prepare the reference.
-
-        Args:
-            run: the run in progress.
-
-        Raises:
-            HoneError: the run has no such reference.
-        """
-        self._reference = make_reference(run, self.reference)
-
-    def reference_values(self, model: LanguageModel, batch: Packed) -> Tensor:
-        """Return w_t log p_ref of each trained token (N,).
-
-        Args:
-            model: the language model that trains; before `setup` it is itself the reference.
-            batch: packed forest of T tokens.
-        """
-        if self._reference is None:
-            with torch.no_grad():
-                return token_values(model, batch)
-        return self._reference.token_values(model, batch)
 
     def reward(self, side: Side) -> Tensor:
         """Return beta (log pi - log pi_ref) of each answer (P,)."""

@@ -15,8 +15,9 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ from hone.data.cache import cache_root
 from hone.errors import HoneError
 from hone.files import write_whole
 from hone.objectives.answers import token_values
+from hone.objectives.base import Objective
 from hone.text.pack import Tree, divide, pack
 
 if TYPE_CHECKING:
@@ -205,20 +207,26 @@ class _Itself(Reference):
             return token_values(model, batch)
 
 
-def make_reference(run: Run, where: Where) -> Reference:
+def make_reference(run: Run, where: Where, foreseen: bool = True) -> Reference:
     """Return the reference model of a run.
 
     Args:
         run: the run in progress, whose model has not moved yet.
         where: which form it takes; "auto" takes the adapter's base where the run passes over the data once at most,
             stored values where the data has a known length, else a copy.
+        foreseen: whether it will be asked for the data's own trees alone, whose values can be stored.
 
     Raises:
         HoneError: the run has no such reference.
     """
     base = _base(run)
+    if where == "cached" and not foreseen:
+        raise HoneError(
+            "reference: cached holds the values of the data's own answers, and this objective scores other ones too; "
+            "use reference: adapter or copy"
+        )
     if where == "auto":
-        where = _cheapest(run, base)
+        where = _cheapest(run, base) if foreseen else ("copy" if base is None else "adapter")
     if where == "adapter":
         if base is None:
             raise HoneError(
@@ -227,8 +235,44 @@ def make_reference(run: Run, where: Where) -> Reference:
             )
         return base
     if where == "copy":
-        return Copy(_starting_model(run))
+        return Copy(starting_model(run))
     return _cached(run, base)
+
+
+@dataclass(kw_only=True)
+class Referring(Objective):
+    """The base of objectives that compare the model with a reference model: the one that the run starts from.
+
+    Args:
+        reference: where its values come from: "adapter" (the base of the adapter that trains), "cached" (computed once
+            before the first step and kept on disk), "copy" (a second model in memory); "auto" takes what costs least.
+    """
+
+    reference: Where = "auto"
+    _reference: Reference | None = field(init=False, default=None, repr=False)
+
+    def setup(self, run: Any) -> None:
+        """Prepare the reference.
+
+        Args:
+            run: the run in progress.
+
+        Raises:
+            HoneError: the run has no such reference.
+        """
+        self._reference = make_reference(run, self.reference)
+
+    def reference_values(self, model: LanguageModel, batch: Packed) -> Tensor:
+        """Return w_t log p_ref of each trained token (N,).
+
+        Args:
+            model: the language model that trains; before `setup` it is itself the reference.
+            batch: packed forest of T tokens.
+        """
+        if self._reference is None:
+            with torch.no_grad():
+                return token_values(model, batch)
+        return self._reference.token_values(model, batch)
 
 
 def _base(run: Run) -> Disabled | None:
@@ -253,12 +297,22 @@ def _name(run: Run) -> str:
     return str(getattr(run.adapter, "name", "full"))
 
 
-def _starting_model(run: Run) -> LanguageModel:
+def starting_model(run: Run, option: str = "reference: copy", instead: str = "reference: cached") -> LanguageModel:
+    """Load the model that a run starts from once more.
+
+    Args:
+        run: the run in progress.
+        option: what asks for it, for the message.
+        instead: what to use where there is none.
+
+    Raises:
+        HoneError: the run starts from random weights, which are nowhere to be read.
+    """
     start = run.recipe.build("model")
     if start.from_nothing:
         raise HoneError(
-            "reference: copy loads the model that the run starts from once more, and this one starts from random "
-            "weights; use reference: cached"
+            f"{option} loads the model that the run starts from once more, and this one starts from random "
+            f"weights; use {instead}"
         )
     made = start.load(device=run.cluster.device, dtype=run.cluster.dtype, data=None)
     if run.cluster.precision == "bf16":  # as the frozen weights of the model that trains
@@ -273,11 +327,22 @@ def _cached(run: Run, base: Disabled | None) -> Cached:
     """Return the stored values of all that the run will see, computing those that are missing."""
     if getattr(run.loader, "trees", None) is None:
         raise HoneError("reference: cached needs data of a known length, and this is a stream; use reference: copy")
-    made, source = Cached(), base or _Itself()
+    return stored_values(run, base or _Itself(), lambda: _identity(run))
+
+
+def stored_values(run: Run, source: Reference, identity: Callable[[], str]) -> Cached:
+    """Return the stored values of all that a run will see, computing those that are missing.
+
+    Args:
+        run: the run in progress, whose data has a known length.
+        source: gives the values.
+        identity: returns a hash of the source, of the data and of the arithmetic, which names the file.
+    """
+    made = Cached()
     if run.rehearsal:  # the values do not matter, their cost does not recur
         made.fallback = source
         return made
-    path = cache_root() / "references" / f"{_identity(run)}.safetensors"
+    path = cache_root() / "references" / f"{identity()}.safetensors"
     made.read(path)
     trees = [run.loader.trees[i] for i in run.loader.visited(run.total)]
     held_out = [] if run.held_out is None else [run.held_out[i] for i in range(len(run.held_out))]
@@ -310,9 +375,14 @@ def _identity(run: Run) -> str:
         if isinstance(weights[name], Tensor) and (run.adapter is None or not _added(run, name)):
             digest.update(name.encode())
             digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    folder = getattr(run.loader.trees, "folder", None)
-    digest.update(json.dumps([folder.name if folder else "", run.cluster.precision]).encode())
+    digest.update(circumstances(run))
     return digest.hexdigest()[:32]
+
+
+def circumstances(run: Run) -> bytes:
+    """Return what tells the data and the arithmetic of a run apart, as far as stored values go."""
+    folder = getattr(run.loader.trees, "folder", None)
+    return json.dumps([folder.name if folder else "", run.cluster.precision]).encode()
 
 
 def _added(run: Run, name: str) -> bool:

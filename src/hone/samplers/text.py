@@ -11,7 +11,7 @@ The filters are pure functions that set the logits of excluded tokens to minus i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -82,6 +82,22 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     target = uniforms.to(total)[:, None] * total[:, -1:]
     ids = torch.searchsorted(total, target, right=True)[:, 0]
     return ids.clamp(max=probs.shape[-1] - 1)  # only rows with a NaN reach V; whoever called reports those
+
+
+def pick(sampler: Any, logits: Tensor, uniforms: Tensor, history: Any) -> Tensor:
+    """Return what a sampler picks, shown what was drawn before when it looks back.
+
+    Args:
+        sampler: called with logits and uniforms, and with the history where its `looks_back` is true.
+        logits: (N, V) scores of the next token.
+        uniforms: (N,) numbers in [0, 1).
+        history: what each row has drawn (`hone.text.generate.History`).
+
+    Returns:
+        (N,) int64 token ids.
+    """
+    ids: Tensor = sampler(logits, uniforms, *([history] if getattr(sampler, "looks_back", False) else []))
+    return ids
 
 
 @part("sampler", "greedy", papers="original")

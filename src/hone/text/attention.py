@@ -11,9 +11,10 @@ one function is registered here that hands queries, keys and values to the objec
 plain causal attention, so that `model(input_ids)` and `model.generate` keep working on the same object.
 
 With S segments cut out of T tokens, a token at position i of the chain sees the keys at positions j of the same chain
-with 0 <= i - j, and i - j < window where the layer has a sliding window. That is computed in one of three ways:
+with 0 <= i - j, and i - j < window where the layer has a sliding window. That is computed in one of these ways:
 
-- on the CPU as causal and full blocks of fused attention, merged by their log-sum-exps (`text/blocks.py`);
+- on the CPU as causal and full blocks of fused attention, merged by their log-sum-exps (`text/blocks.py`), or, where
+  segments are so short that blocks would be too many, tree by tree under a mask;
 - on CUDA by flex attention with a block mask (`text/flex.py`);
 - everywhere else, and for soft caps, attention sinks, dropout and windows that bite, segment by segment on the gathered
   keys of its chain, segments of equal shape in one batch.
@@ -40,6 +41,7 @@ from hone.text.flex import Intervals, can_use_flex, flex_tree_attention
 from hone.text.pack import Packed
 
 NAME = "hone"  # what the attention function is called in transformers' registries
+FEW = 2  # tokens to a block: with fewer, a mask costs less than blocks do
 
 
 class PackingError(ModelError):
@@ -154,6 +156,7 @@ class TreePlan:
     intervals: Intervals | None = None  # for flex attention, which knows trees only
     open: TreePlan | None = None  # the same forest without the causal mask in some segments
     two_way_layers: frozenset[int] | None = None  # the layers that use it, None for all
+    two_way: Sequence[bool] = ()  # per segment whether its tokens see each other in both directions; () for none
 
     def __init__(self, batch: Packed) -> None:
         """Lay out the forest: what each segment's chain is and which blocks of scores are needed.
@@ -182,6 +185,9 @@ class TreePlan:
         self.groups = dict(groups)
         self.longest = max(own + before for own, before in self.groups)
         self.blocks = _blocks(starts, self.chains)
+        self.starts = starts
+        self.trees = _trees(chains) if len(self.blocks) * FEW > self.tokens else []
+        self.tree_masks: list[Tensor] = []
         self.masks: dict[tuple[int, int, int | None], Tensor | None] = {}
 
     def attend(
@@ -211,10 +217,32 @@ class TreePlan:
             window = None
         if scoring.sinks is None and scoring.dropout == 0:
             if window is None and scoring.softcap is None and can_use_blocks(query, key, value):
+                if self.trees:
+                    return self._by_trees(query, key, value, replace(scoring, scaling=scaling))
                 return block_attention(query, key, value, self.blocks, scaling)
             if self.intervals is not None and can_use_flex(query, value):
                 return flex_tree_attention(query, key, value, self.intervals, scaling, window, scoring.softcap)
         return self._by_chains(query, key, value, replace(scoring, scaling=scaling, sliding_window=window))
+
+    def _by_trees(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """Attend tree by tree under a mask."""
+        if not self.tree_masks:
+            self.tree_masks = [self._tree_mask(first, last) for first, last in self.trees]
+        sizes = [self.starts[last] - self.starts[first] for first, last in self.trees]
+        queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+        rows = zip(queries, keys, values, self.tree_masks, strict=True)
+        return torch.cat([masked_attention(q, k, v, mask, scoring) for q, k, v, mask in rows], dim=1)
+
+    def _tree_mask(self, first: int, last: int) -> Tensor:
+        """Return which keys the queries of the segments from `first` to before `last` see, (n, n) boolean."""
+        count = last - first
+        above, open_ = torch.zeros(count, count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+        for place in range(count):
+            above[place, [ancestor - first for ancestor in self.chains[first + place]]] = True
+            open_[place] = bool(self.two_way) and self.two_way[first + place]
+        owner = torch.arange(count).repeat_interleave(torch.tensor(self.lengths[first:last]))
+        both = (owner[:, None] == owner[None]) & open_[owner]
+        return above[owner][:, owner] & (both | torch.ones(len(owner), len(owner), dtype=torch.bool).tril())
 
     def _by_chains(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """Attend segment by segment to the gathered keys of its chain, segments of equal shape in one batch.
@@ -251,6 +279,7 @@ class OpenPlan(TreePlan):
             positions: (T,) position of each token on its chain.
         """
         self._lay_out(starts, chains)
+        self.two_way = two_way
         self.blocks = [
             block._replace(causal=block.causal and not two_way[index]) if index < len(two_way) else block
             for index, block in enumerate(self.blocks)
@@ -364,6 +393,15 @@ def _joined(batch: Packed) -> tuple[list[int], list[int], list[bool]]:
             new_marks.append(marks[index])
         place.append(len(new_starts) - 1)
     return [*new_starts, starts[-1]], new_parents, new_marks
+
+
+def _trees(chains: list[list[int]]) -> list[tuple[int, int]]:
+    """Return the segments [first, last) of each tree; none where the segments of a tree are not side by side."""
+    roots = [chain[0] for chain in chains]
+    if roots != sorted(roots):
+        return []
+    firsts = sorted(set(roots))
+    return list(pairwise([*firsts, len(chains)]))
 
 
 def _blocks(starts: list[int], chains: list[list[int]]) -> list[Block]:

@@ -67,6 +67,7 @@ class DecodeCache:
         self.width = max(lengths)
         self.layers: list[_Layer] = []
         self.unseen: Tensor | None = None  # (N, width) columns of its prompt that a row does not see; None for none
+        self.erased: Tensor | None = None  # (N, filled) own columns that a row does not see; None for none
         self._next = 0  # the layer that attends next
         self._arrange()
 
@@ -103,6 +104,8 @@ class DecodeCache:
         collected = self._collect(shared)
         if self.unseen is not None:
             collected = collected.masked_fill(self.unseen[:, None, self.width - near :], float("-inf"))
+        if self.erased is not None:
+            own = own.masked_fill(self.erased[:, None, layer.filled - own.shape[-1] :], float("-inf"))
         parts = [collected, own]
         if sinks is not None:
             parts.append(sinks.to(own).view(heads, 1, -1, 1).expand(-1, rows, -1, -1))

@@ -23,11 +23,13 @@ class Rows:
         tokens: (B, L) token ids; padding repeats the batch's last token.
         row: (T,) row in which each packed token is read back.
         column: (T,) its place in that row.
+        index: (B, L) packed token at each place, -1 for padding.
     """
 
     tokens: Tensor
     row: Tensor
     column: Tensor
+    index: Tensor
 
     @classmethod
     def unroll(cls, batch: Packed) -> Rows:
@@ -46,7 +48,8 @@ class Rows:
         for number in reversed(range(len(chains))):  # so that the first row that holds a token wins
             row[chains[number]] = number
             column[chains[number]] = torch.arange(len(chains[number]))
-        return cls(batch.tokens[index.to(device)], row.to(device), column.to(device))
+        index = index.to(device)
+        return cls(batch.tokens[index], row.to(device), column.to(device), index)
 
     def packed(self, values: Tensor) -> Tensor:
         """Return the values (T, ...) in packed order of values (B, L, ...) in rows.

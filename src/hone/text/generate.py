@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from hone.errors import ModelError, NumericError
 from hone.modes import evaluating
 from hone.precision import wide
-from hone.samplers.text import greedy
+from hone.samplers.text import greedy, pick
 from hone.text.attention import Plan
 from hone.text.cache import DecodeCache, PromptPlan
 from hone.text.model import LanguageModel
@@ -31,8 +32,10 @@ from hone.text.steering import steering_of
 PREFILL_TOKENS = 16384  # most prompt tokens in one forward pass, which bounds its activations
 COMPACT_BELOW = 0.75  # finished samples are dropped when fewer than this fraction of the rows still run
 
-Sampler = Callable[[Tensor, Tensor], Tensor]
+Sampler = Callable[..., Tensor]  # (logits, uniforms), and a History where `looks_back` is true
 Progress = Callable[[int, int], None]
+Decode = Callable[[LanguageModel, list[np.ndarray], int, Any], None]
+Around = Callable[[Packed], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,16 @@ class History:
     Args:
         tokens: (N, n) int32 ids that each row has drawn.
         stop: ids that end an answer.
+        which: (N,) number of the prompt that each row answers.
+        prompts: ids of every prompt, by number.
+        tokenizer: the model's; None where it is not known.
     """
 
     tokens: np.ndarray
     stop: np.ndarray
+    which: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    prompts: Sequence[np.ndarray] = ()
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +97,8 @@ def generate(
     seed: int = 0,
     batch: int = 64,
     prefix: bool = False,
+    around: Around | None = None,
+    decode: Decode | None = None,
     on_progress: Progress | None = None,
 ) -> list[list[Generation]]:
     """Continue each prompt `samples` times.
@@ -107,6 +118,9 @@ def generate(
         seed: seeds the uniforms; the same seed draws the same answers again.
         batch: most samples that run at once, which bounds memory; the samples of one prompt always run together.
         prefix: whether the tokens of a prompt see each other in both directions, as in a prefix language model.
+        around: called with each packed forest of prompts, returns what they run within, e.g. changed embeddings.
+        decode: runs prompts in another way than token by token behind a cache: (model, prompts, samples, draws), which
+            calls draws.take(logits (n, V), rows (n,), step) until no row of `draws.running()` is left.
         on_progress: called with (finished samples, all samples) whenever some finish.
 
     Returns:
@@ -122,20 +136,31 @@ def generate(
     room = _room(model, prompts, max_new_tokens)
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     found: dict[int, list[Generation]] = {}
-
-    def report(before: int, count: int) -> None:
-        if on_progress is not None:
-            on_progress(before + count, samples * len(prompts))
-
-    if prefix and not model.packs:
-        raise ModelError(f"{type(model.hf).__name__} does not run packed, so that its prompts cannot be prefixes")
-    decode = partial(_decode, prefix=prefix) if model.packs else _decode_with_transformers
+    report = partial(_report, on_progress, samples * len(prompts))
+    run = decode or _decoder(model, prefix, around)
     with evaluating(model), torch.no_grad():
         for wave in _waves(lengths, max(1, batch // samples), equal=not model.packs):
             draws = _Draws(wave, room[wave], samples, sampler, stop, seed, partial(report, samples * len(found)))
-            decode(model, [np.asarray(prompts[i]) for i in wave], samples, draws)
+            draws.asked, draws.tokenizer = prompts, model.tokenizer
+            run(model, [np.asarray(prompts[i]) for i in wave], samples, draws)
             found.update(zip(wave.tolist(), draws.generations(samples), strict=True))
     return [found[i] for i in range(len(prompts))]
+
+
+def _report(on_progress: Progress | None, total: int, before: int, count: int) -> None:
+    if on_progress is not None:
+        on_progress(before + count, total)
+
+
+def _decoder(model: LanguageModel, prefix: bool, around: Around | None) -> Decode:
+    """Return what runs prompts token by token, behind a cache of ours or of transformers."""
+    if model.packs:
+        return partial(_decode, prefix=prefix, around=around)
+    if prefix or around is not None:
+        raise ModelError(
+            f"{type(model.hf).__name__} does not run packed, so that its prompts cannot be prefixes or hold thoughts"
+        )
+    return _decode_with_transformers
 
 
 def _room(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int) -> np.ndarray:
@@ -189,6 +214,12 @@ class _Draws:
         self.logprobs = np.zeros(self.tokens.shape)
         self.lengths = np.zeros(rows, dtype=np.int64)  # tokens drawn, 0 while it runs
         self.on_finish = on_finish  # called with how many have ended
+        self.asked: Sequence[np.ndarray] = ()  # for samplers that look back
+        self.tokenizer: Any = None
+
+    def running(self) -> np.ndarray:
+        """Return the rows that have not ended."""
+        return np.flatnonzero(self.lengths == 0)
 
     def take(self, logits: Tensor, rows: np.ndarray, step: int) -> Tensor:
         """Pick token `step` of each row from its logits (n, V); rows that ended before are picked for, not kept."""
@@ -196,10 +227,8 @@ class _Draws:
         kind = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
         uniforms = torch.from_numpy(_uniforms(self.keys[rows], step, 24 if kind == torch.float32 else 53))
         uniform = uniforms.to(kind).to(logits.device)
-        if getattr(self.sampler, "looks_back", False):
-            ids = self.sampler(logits, uniform, History(self.tokens[rows, :step], self.stop))  # type: ignore[call-arg]
-        else:
-            ids = self.sampler(logits, uniform)
+        drawn = History(self.tokens[rows, :step], self.stop, self.prompts[rows], self.asked, self.tokenizer)
+        ids = pick(self.sampler, logits, uniform, drawn)
         logprobs = (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)).cpu().numpy()
         if not np.isfinite(logprobs).all():
             prompt = self.prompts[rows[~np.isfinite(logprobs)][0]]
@@ -227,7 +256,13 @@ class _Draws:
 
 
 def _decode(
-    model: LanguageModel, prompts: list[np.ndarray], samples: int, draws: _Draws, *, prefix: bool = False
+    model: LanguageModel,
+    prompts: list[np.ndarray],
+    samples: int,
+    draws: _Draws,
+    *,
+    prefix: bool = False,
+    around: Around | None = None,
 ) -> None:
     """Run prompts and their samples through a packed model until all samples have ended."""
     lengths = np.array([len(prompt) for prompt in prompts]) + model.front
@@ -235,7 +270,7 @@ def _decode(
     watcher = None if steering is None else steering.watch(prompts, samples)
     device = next(model.parameters()).device
     cache = DecodeCache(lengths.tolist(), samples, int(draws.room.max()) - 1, device)
-    logits = _prefill(model, prompts, cache, prefix).repeat_interleave(samples, dim=0)
+    logits = prefill(model, prompts, cache, prefix, around).repeat_interleave(samples, dim=0)
     lengths = lengths.repeat(samples)
     rows = np.arange(len(lengths))
     for step in range(int(draws.room.max())):
@@ -257,8 +292,22 @@ def _decode(
         logits = model.head(hidden)
 
 
-def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache, prefix: bool) -> Tensor:
-    """Run the prompts as packed forests of bounded size; return the (prompts, V) logits of what follows each."""
+def prefill(
+    model: LanguageModel,
+    prompts: list[np.ndarray],
+    cache: DecodeCache,
+    prefix: bool = False,
+    around: Around | None = None,
+) -> Tensor:
+    """Run the prompts as packed forests of bounded size; return the (prompts, V) logits of what follows each.
+
+    Args:
+        model: the language model.
+        prompts: token ids of each prompt.
+        cache: made for them; it is filled.
+        prefix: as for `generate`, like the next.
+        around: what each forest runs within.
+    """
     device = next(model.parameters()).device
     logits: list[Tensor] = []
     first = 0
@@ -270,7 +319,8 @@ def _prefill(model: LanguageModel, prompts: list[np.ndarray], cache: DecodeCache
         forest = pack([Tree((p,), (np.zeros(len(p), np.float32),), (-1,)) for p in prompts[first:end]]).to(device)
         forest = seen_both_ways(forest) if prefix else forest
         run = model.arrange(forest, partial(_storing, cache, first, forest, model.front))
-        hidden = run.own(model.states(run.tokens, run.positions, run.plan))
+        with nullcontext() if around is None else around(forest):
+            hidden = run.own(model.states(run.tokens, run.positions, run.plan))
         logits.append(model.head(hidden[(forest.starts[1:] - 1).to(device)]))
         first = end
     return torch.cat(logits)

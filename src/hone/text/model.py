@@ -163,11 +163,8 @@ class LanguageModel(nn.Module):
                 raise ModelError(f"the sequences of this model are padded instead of packed, and {obstacle}")
             found = padded_hidden(self.decoder, Rows.unroll(batch))
         else:
-            made = self._arranged
-            # Policy and reference often see the same batch.
-            if made is None or made[0] is not batch or made[1] is not steering or made[2] != training:
-                self._arranged = made = batch, steering, training, self.arrange(batch)
-            found = made[3].own(self.states(made[3].tokens, made[3].positions, made[3].plan))
+            made = self.arranged(batch)
+            found = made.own(self.states(made.tokens, made.positions, made.plan))
         for watch in self.watchers:
             watch(batch, found)
         return found
@@ -184,6 +181,18 @@ class LanguageModel(nn.Module):
                 "this adapter decides itself which tokens see each other, so that attention cannot be opened to both "
                 "sides beside it; use another adapter"
             )
+
+    def arranged(self, batch: Packed) -> Arranged:
+        """Return a batch as the decoder runs it, made once for as long as the same batch is asked for.
+
+        Args:
+            batch: on the model's device.
+        """
+        steering, training, made = steering_of(self.hf), self.hf.training, self._arranged
+        # Policy and reference often see the same batch.
+        if made is None or made[0] is not batch or made[1] is not steering or made[2] != training:
+            self._arranged = made = batch, steering, training, self.arrange(batch)
+        return made[3]
 
     def arrange(self, batch: Packed, wrap: Wrap = lambda plan: plan) -> Arranged:
         """Return a batch as the decoder runs it: as it is, or as an adapter changes it.

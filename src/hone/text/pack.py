@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 CHOSEN = "chosen"  # per-segment field: 1 for a preferred answer, 0 for a rejected one, NaN elsewhere
+CLASS = "class"  # per-segment field of texts and words whose class is told: its number
 SCORE = "score"  # per-segment field of ranked answers: the higher the better, NaN elsewhere
 
 

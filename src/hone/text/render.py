@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of the rendering; part of the fingerprint that keys the token cache
-Chain = list[tuple[Piece, bool]]  # pieces from the start of a text to an end of it, each with whether it is trained
+Chain = list[tuple[Piece, float]]  # pieces from the start of a text to an end of it, each with its weight
 Segment = tuple[np.ndarray, np.ndarray]  # token ids and their weights
 
 
@@ -189,7 +190,28 @@ class Renderer:
             ids = self.prompt_ids(sample)
             return [_tree(sample, [(ids, np.zeros(len(ids), np.float32))], (-1,))]
         plain = isinstance(sample.prompt, str)
-        return [_tree(sample, [self._segment(chain, plain)], (-1,)) for chain in self._chains(sample, 0)]
+        chains = [self._stretches(sample)] if sample.kind == "pieces" else self._chains(sample, 0)
+        return [_tree(sample, [self._segment(chain, plain)], (-1,)) for chain in chains]
+
+    def piece_ids(self, text: str) -> list[int]:
+        """Return the ids of one piece of an answer in pieces, which do not depend on what stands around it.
+
+        Args:
+            text: the piece.
+        """
+        return self._tokens(self._inner(text))
+
+    def _inner(self, text: str) -> Piece:
+        return Piece(text, self._company(""))
+
+    def _stretches(self, sample: Sample) -> Chain:
+        """Return the chain of an answer in pieces, each with its own weight; the last one ends the text."""
+        if not isinstance(sample.prompt, str) or not all(isinstance(answer, str) for answer in sample.answers):
+            raise DataError(f"{sample.where}: an answer in pieces needs a plain prompt and plain pieces")
+        pieces = [self._inner(str(answer)) for answer in sample.answers]
+        pieces[-1] = replace(pieces[-1], closed=True)
+        weighed = zip(pieces, sample.scores or (1.0,) * len(pieces), strict=True)
+        return [*([(Piece(sample.prompt), 0.0)] if sample.prompt else []), *weighed]
 
     def _answers(self, sample: Sample, fields: dict[str, tuple[float, ...]]) -> Tree:
         """Return a prompt with its answers as children; without a prompt, each answer is a root."""

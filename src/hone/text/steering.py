@@ -267,11 +267,19 @@ def refuse_windows(network: Any, adapter: str) -> None:
     Raises:
         ModelError: it has such layers.
     """
+    if has_windows(network):
+        raise ModelError(f"adapter '{adapter}' needs full attention; {type(network).__name__} has sliding windows")
+
+
+def has_windows(network: Any) -> bool:
+    """Return whether layers of a model see near tokens only.
+
+    Args:
+        network: a causal model of transformers.
+    """
     config = network.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in kinds if kinds else window is not None:
-        raise ModelError(f"adapter '{adapter}' needs full attention; {type(network).__name__} has sliding windows")
+    return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
 
 
 def steer(network: nn.Module, decoder: nn.Module, steering: Steering) -> None:

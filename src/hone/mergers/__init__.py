@@ -1,0 +1,1 @@
+"""How the weights of several models become those of one."""
