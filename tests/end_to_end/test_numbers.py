@@ -52,7 +52,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(
         out = tmp_path / str(micro_tokens)
         split = one_step(exact_model, qa_file, out, objective=objective, micro_tokens=micro_tokens)
         assert max(float((whole[name] - split[name]).abs().max()) for name in whole) < 1e-12
-        for name in ("loss", "accuracy", "grad_norm", "tokens", "units"):
+        for name in ("loss", "token_accuracy", "grad_norm", "tokens", "units"):
             found, wanted = (rows(folder / "metrics.jsonl")[0][name] for folder in (out, tmp_path / "whole"))
             assert found == pytest.approx(wanted, rel=1e-12)
 

@@ -283,7 +283,7 @@ def test_lrec_is_its_equation_on_whole_logits(match: Any, tiny_model: Path) -> N
     gap = F.kl_div(p.log(), q, reduction="none").sum(-1) if match == "kl" else ((z - y) ** 2).mean(-1)
     wanted = (weights * (gap + 0.3 * F.cross_entropy(z, targets, reduction="none"))).sum()
     torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=1e-10)
-    assert float(metrics["accuracy"]) == pytest.approx(float((weights * (z.argmax(-1) == targets)).sum()))
+    assert float(metrics["token_accuracy"]) == pytest.approx(float((weights * (z.argmax(-1) == targets)).sum()))
     factors = [p for p in student.parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, factors)
     for a, b in zip(found, torch.autograd.grad(wanted, factors), strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hone.data.annotated import AnnotatedData
 from hone.data.chains import Chains
 from hone.data.formats import CONTINUES
 from hone.data.paired import Paired
@@ -235,3 +236,23 @@ def test_paired_prefers_the_answers_of_one_source_to_those_of_another() -> None:
     assert len(list(Paired(of=worked, rejected=short, limit=2).samples("train"))) == 2
     with pytest.raises(DataError, match="no prompt of the one is a prompt of the other"):
         list(Paired(of=worked, rejected=Chains(skills=["sort"], count=3)).samples("train"))
+
+
+def test_one_number_shares_a_budget_out_between_two_kinds_of_annotation() -> None:
+    problems = Chains(skills=["add"], count=50, holdout=4)
+    pairs = Paired(of=replace(problems, seed=1), rejected=replace(problems, seed=1, noise=1.0))
+    prints = set()
+    for share, demonstrations, preferences in ((0.25, 5, 30), (0.0, 1, 40), (1.0, 20, 1)):
+        source = AnnotatedData(demonstrations=problems, preferences=pairs, budget=20, share=share, price=0.5)
+        prints.add(source.fingerprint())
+        assert [sample.kind for sample in source.samples("train")] == ["completion"] * demonstrations
+        source.suit("pairs")
+        prints.add(source.fingerprint())
+        assert [sample.kind for sample in source.samples("train")] == ["pair"] * preferences
+        assert list(source.questions("eval")) == list(problems.samples("eval"))
+        assert source.grade(next(source.questions("eval")), "answer: x") == 0
+        source.suit("sequences")
+        assert source.bought == demonstrations and f"{demonstrations} demonstrations for 20" in source.describe()
+    assert len(prints) == 6
+    wrong = {"name": "annotated", "demonstrations": "chains", "preferences": "chains", "budget": 9, "share": 1.5}
+    assert [problem.field for problem in check_part("data", wrong, "data", Places())] == ["data.share"]

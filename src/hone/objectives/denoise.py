@@ -321,11 +321,11 @@ def _wrong(denoiser: Denoiser) -> str:
     wanted = {"rate": "above 0 and below 1, for s at most 0.5", "weight": "above 0", "span": "of at least 1 token"}
     for name in ("rate", "weight") if mode == "s" else ("rate", "weight", "span"):
         value = denoiser.get(name, 1.0 if name == "weight" else None)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         least, most = (1.0, math.inf) if name == "span" else (1e-9, math.inf)
         if name == "rate":
             most = 0.5 if mode == "s" else 1 - 1e-9
-        if not number or not least <= value <= most:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is None or not number or not least <= value <= most or math.isinf(value):
             return f"mode {mode} needs a {name} {wanted[name]}, got {value!r}"
     return ""
 

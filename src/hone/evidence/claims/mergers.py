@@ -13,7 +13,7 @@ RATE = {"name": "adamw", "lr": 1e-2}
 SORTING = {"name": "chains", "skills": ["sort"], "difficulty": 1, "holdout": 60}
 ROTATING = {"name": "chains", "skills": ["rotate"], "difficulty": 1, "holdout": 60}
 BOTH = {"name": "mix", "mark": True, "sources": [SORTING, ROTATING]}
-# Two short trainings with LoRA and an evaluation of what is made of them: 60,000 tokens, about 20 s on one core.
+# Two short trainings with LoRA and an evaluation of what is made of them: 60,000 tokens, about 30 s on one core.
 BRANCHES: dict[str, Any] = {
     **{name: value for name, value in SORT.items() if name != "general_data"}, "name": "branches", "data": SORTING,
     "adapter": {"name": "lora", "rank": 8}, "optimizer": RATE, "steps": 30,
@@ -45,7 +45,7 @@ def linear_soup(scratch: Path) -> Trial:
     on other problems at 5e-3.
     """
     return Trial(
-        recipe=BRANCHES, checks=(LOSS,),
+        recipe=BRANCHES, checks=(LOSS,), seeds=3,
         baseline=Side(label="the first model", settings={"stages": _stages("stage:1", AGAIN, SORTING)}),
         method=_merged("the mean of both", AGAIN, SORTING, name="linear"),
         paper=(
@@ -64,7 +64,7 @@ def task_arithmetic_two_tasks(scratch: Path) -> Trial:
     the mean loss over held-out problems of both.
     """
     return Trial(
-        recipe=BRANCHES, checks=(LOSS,), method=ADDED,
+        recipe=BRANCHES, checks=(LOSS,), method=ADDED, seeds=3,
         baseline=Side(label="the model that sorts", settings={"stages": _stages("stage:1", OTHER)}),
         paper=("Editing Models with Task Arithmetic", "arXiv:2212.04089"),
     )  # fmt: skip
@@ -78,7 +78,7 @@ def task_arithmetic_dropping(scratch: Path) -> Trial:
     """
     return Trial(
         recipe=BRANCHES, baseline=ADDED, method=_merged("half dropped", OTHER, name="task-arithmetic", drop=0.5),
-        checks=(Check(metric="loss", direction="not higher", effect=0.05),),
+        checks=(Check(metric="loss", direction="not higher", effect=0.05),), seeds=3,
         paper=(
             "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
             "arXiv:2311.03099",
@@ -94,6 +94,7 @@ def ties_interference(scratch: Path) -> Trial:
     """
     return Trial(
         recipe=BRANCHES, baseline=ADDED, method=_merged("TIES", OTHER, name="ties", density=0.5), checks=(LOSS,),
+        seeds=3,
         paper=("TIES-Merging: Resolving Interference When Merging Models", "arXiv:2306.01708"),
     )  # fmt: skip
 
@@ -110,7 +111,7 @@ def l1_sparser(scratch: Path) -> Trial:
     """
     full = {**BRANCHES, "adapter": "full", "optimizer": {"name": "adamw", "lr": 1e-3}}
     sides = [Side(label=label, settings={"penalties": [{"name": "l1", "strength": strength, "threshold": 1e-4}]})
-             for label, strength in (("without", 0.0), ("with L1", 1e-3))]  # fmt: skip
+             for label, strength in (("without", 0.0), ("with L1", 3e-4))]  # fmt: skip
     return Trial(
         recipe=full, baseline=sides[0], method=sides[1], figures=_sparsity, paper=_PAFT,
         checks=(

@@ -13,7 +13,8 @@ from hone.evidence.claims.preference_tasks import PAIRS, PROBLEMS, sampled
 from hone.evidence.claims.tasks import GENERAL
 
 TASK = {**PAIRS, "general_data": GENERAL}
-DPO = Side(label="DPO", settings={"objective": {"name": "dpo", "beta": 0.1}})
+BETA = PAIRS["objective"]["beta"]  # all that measure against a reference are given the same strength
+DPO = Side(label="DPO", settings={"objective": PAIRS["objective"]})
 SFT = Side(label="likelihood of the right answers", settings={"data": sampled("chosen", pairs=4), "objective": "sft"})
 AS_WELL = Check(metric="accuracy", direction="not lower", effect=0.05)
 BETTER = Check(metric="accuracy", direction="higher", effect=0.02)
@@ -31,7 +32,7 @@ def ipo_stays_near(scratch: Path) -> Trial:
     the loss on held-out pages of Python's documentation; answers are sampled at the temperature that made the pairs.
     """
     return Trial(
-        recipe=TASK, baseline=DPO, method=_side("IPO", "ipo"),
+        recipe=TASK, baseline=DPO, method=_side("IPO", "ipo", beta=BETA),
         paper=("A General Theoretical Paradigm to Understand Learning from Human Preferences", "arXiv:2310.12036"),
         checks=(Check(metric="forgetting", direction="lower"), AS_WELL),
     )  # fmt: skip
@@ -44,7 +45,7 @@ def kto_as_well_as_pairs(scratch: Path) -> Trial:
     Task: as for IPO; the accuracy may be lower by 0.05 at most.
     """
     return Trial(
-        recipe=TASK, baseline=DPO, method=_side("KTO", "kto"), checks=(AS_WELL,),
+        recipe=TASK, baseline=DPO, method=_side("KTO", "kto", beta=BETA), checks=(AS_WELL,),
         paper=("KTO: Model Alignment as Prospect Theoretic Optimization", "arXiv:2402.01306"),
     )  # fmt: skip
 
@@ -58,7 +59,7 @@ def bco_as_well_as_pairs(scratch: Path) -> Trial:
 
     Task: as for IPO; the accuracy may be lower by 0.05 at most.
     """
-    return Trial(recipe=TASK, baseline=DPO, method=_side("BCO", "bco"), checks=(AS_WELL,), paper=_BCO)
+    return Trial(recipe=TASK, baseline=DPO, method=_side("BCO", "bco", beta=BETA), checks=(AS_WELL,), paper=_BCO)
 
 
 @claim("objective", "bco-pair", "as-well-as-dpo")
@@ -67,7 +68,9 @@ def bco_pair_as_well_as_dpo(scratch: Path) -> Trial:
 
     Task: as for IPO; the accuracy may be lower by 0.05 at most.
     """
-    return Trial(recipe=TASK, baseline=DPO, method=_side("BCO on pairs", "bco-pair"), checks=(AS_WELL,), paper=_BCO)
+    return Trial(
+        recipe=TASK, baseline=DPO, method=_side("BCO on pairs", "bco-pair", beta=BETA), checks=(AS_WELL,), paper=_BCO
+    )
 
 
 @claim("objective", "orpo", "one-stage")
@@ -117,7 +120,7 @@ def apo_says_which_way(scratch: Path) -> Trial:
     Task: as for IPO; "better" is the mean log-probability of a token of the preferred held-out answers.
     """
     return Trial(
-        recipe=TASK, baseline=DPO, method=_side("APO-zero", "apo"),
+        recipe=TASK, baseline=DPO, method=_side("APO-zero", "apo", beta=BETA),
         checks=(Check(metric="better", direction="higher"), AS_WELL),
         paper=(
             "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
@@ -133,7 +136,7 @@ def nca_likelihood_does_not_fall(scratch: Path) -> Trial:
     Task: as for IPO; "better" is the mean log-probability of a token of the preferred held-out answers.
     """
     return Trial(
-        recipe=TASK, baseline=DPO, method=_side("NCA", "nca"),
+        recipe=TASK, baseline=DPO, method=_side("NCA", "nca", beta=BETA),
         checks=(Check(metric="better", direction="higher"), AS_WELL),
         paper=("Noise Contrastive Alignment of Language Models with Explicit Rewards", "arXiv:2402.05369"),
     )  # fmt: skip
@@ -146,7 +149,7 @@ def sppo_beats_dpo(scratch: Path) -> Trial:
     Task: as for IPO; "better" is the mean log-probability of a token of the preferred held-out answers.
     """
     return Trial(
-        recipe=TASK, baseline=DPO, method=_side("SPPO", "sppo"),
+        recipe=TASK, baseline=DPO, method=_side("SPPO", "sppo", beta=BETA),
         checks=(BETTER, Check(metric="better", direction="higher")),
         paper=("Self-Play Preference Optimization for Language Model Alignment", "arXiv:2405.00675"),
     )  # fmt: skip
@@ -159,7 +162,7 @@ def exo_beats_dpo(scratch: Path) -> Trial:
     Task: as for IPO.
     """
     return Trial(
-        recipe=TASK, baseline=DPO, method=_side("EXO", "exo"), checks=(BETTER,),
+        recipe=TASK, baseline=DPO, method=_side("EXO", "exo", beta=BETA), checks=(BETTER,),
         paper=("Towards Efficient Exact Optimization of Language Model Alignment", "arXiv:2402.00856"),
     )  # fmt: skip
 
@@ -171,7 +174,7 @@ def discopop_beats_dpo(scratch: Path) -> Trial:
     Task: as for IPO.
     """
     return Trial(
-        recipe=TASK, baseline=DPO, method=_side("DiscoPOP", "discopop"), checks=(BETTER,),
+        recipe=TASK, baseline=DPO, method=_side("DiscoPOP", "discopop", beta=BETA), checks=(BETTER,),
         paper=(
             "Discovering Preference Optimization Algorithms with and for Large Language Models",
             "arXiv:2406.08414",
@@ -189,7 +192,7 @@ def rso_beats_slic(scratch: Path) -> Trial:
     Task: as for IPO; the pairs are the same on both sides, so that the paper's sampling plays no part.
     """
     return Trial(
-        recipe=TASK, baseline=SLIC, method=_side("hinge with a reference", "rso"), checks=(BETTER,),
+        recipe=TASK, baseline=SLIC, method=_side("hinge with a reference", "rso", beta=BETA), checks=(BETTER,),
         paper=("Statistical Rejection Sampling Improves Preference Optimization", "arXiv:2309.06657"),
     )  # fmt: skip
 
@@ -313,7 +316,7 @@ def mm_dpo_noisy_labels(scratch: Path) -> Trial:
     model orders rightly.
     """
     return Trial(
-        recipe=noisy_pairs(scratch), baseline=DPO, method=_side("MM-DPO", "mm-dpo", scale=2.0, rate=1.0),
+        recipe=noisy_pairs(scratch), baseline=DPO, method=_side("MM-DPO", "mm-dpo", beta=BETA, scale=2.0, rate=1.0),
         paper=("MM-RLHF: The Next Step Forward in Multimodal LLM Alignment", "arXiv:2502.10391"), checks=(NOISY,),
     )  # fmt: skip
 
@@ -326,7 +329,7 @@ def dpo_robust_to_flips(scratch: Path) -> Trial:
     """
     return Trial(
         recipe=noisy_pairs(scratch), baseline=DPO, checks=(NOISY,),
-        method=_side("robust DPO", "dpo", beta=0.1, flips=FLIPPED, debias=True),
+        method=_side("robust DPO", "dpo", beta=BETA, flips=FLIPPED, debias=True),
         paper=("Provably Robust DPO: Aligning Language Models with Noisy Feedback", "arXiv:2403.00409"),
     )  # fmt: skip
 
@@ -339,5 +342,5 @@ def dpo_conservative_with_flips(scratch: Path) -> Trial:
     """
     return Trial(
         recipe=noisy_pairs(scratch), baseline=DPO, checks=(NOISY,),
-        method=_side("conservative DPO", "dpo", beta=0.1, flips=FLIPPED),
+        method=_side("conservative DPO", "dpo", beta=BETA, flips=FLIPPED),
     )  # fmt: skip

@@ -29,7 +29,7 @@ def sampled(make: str, **options: Any) -> dict[str, Any]:
 # Preference learning on pairs, up to four a prompt: 25,000 tokens, about 12 s on one core.
 PAIRS: dict[str, Any] = {
     "name": "pairs", "model": "base", "data": sampled("pairs", pairs=4), "adapter": "full",
-    "objective": {"name": "dpo", "beta": 0.5}, "optimizer": {"name": "adamw", "lr": 3e-4},
+    "objective": {"name": "dpo", "beta": 1.0}, "optimizer": {"name": "adamw", "lr": 3e-4},
     "schedule": {"name": "cosine", "warmup": 0.1}, "sampler": {"name": "sample", "temperature": 1.5}, "steps": 25,
     "batch_tokens": 1024, "eval_samples": 120, "max_new_tokens": 48,
 }  # fmt: skip

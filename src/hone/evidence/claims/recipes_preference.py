@@ -10,12 +10,10 @@ from hone.evidence.claims.mergers import BRANCHES, SORTING
 from hone.evidence.claims.preference_tasks import PAIRS, PROBLEMS
 
 FEW = {**PROBLEMS, "count": 96}
-ANSWERS: dict[str, Any] = {
-    "name": "sampled", "of": FEW, "pairs": 4, "samples_each": 4, "temperature": 1.5, "max_new_tokens": 64,
-}  # fmt: skip
+ANSWERS: dict[str, Any] = {**PAIRS["data"], "of": FEW}
 ROUNDS: dict[str, Any] = {
     **PAIRS, "name": "rounds", "data": ANSWERS, "adapter": {"name": "lora", "rank": 16},
-    "objective": {"name": "dpo", "beta": 0.1, "sft": 0.1}, "optimizer": {"name": "adamw", "lr": 2e-3}, "steps": 12,
+    "objective": {**PAIRS["objective"], "sft": 0.1}, "optimizer": {"name": "adamw", "lr": 2e-3}, "steps": 12,
 }  # fmt: skip
 
 
@@ -39,7 +37,7 @@ def mrdpo_two_rounds(scratch: Path) -> Trial:
 
 
 PREFERENCES: dict[str, Any] = {
-    "data": ANSWERS, "objective": {"name": "dpo", "beta": 0.1}, "optimizer": {"name": "adamw", "lr": 2e-3}, "steps": 12,
+    "data": ANSWERS, "objective": PAIRS["objective"], "optimizer": {"name": "adamw", "lr": 2e-3}, "steps": 12,
 }  # fmt: skip
 TESTED = {"name": "mix", "mark": True, "sources": [SORTING, {**FEW, "holdout": 60}]}
 JUDGED: dict[str, Any] = {
