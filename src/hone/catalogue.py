@@ -112,9 +112,12 @@ class Entry:
         single = next((name for name, kind in PART_FIELDS.items() if kind == self.kind), None)
         listed = next((name for name, kind in LIST_FIELDS.items() if kind == self.kind), None)
         field = single or listed
-        if field is None:
+        if field is None and self.kind != "merger":
             return ""
         spec = self._spec(called)
+        if field is None:  # a merger is named by the model that it makes
+            field = single = "model"
+            spec = {"name": "merged", "base": "base", "models": ["base", "base"], "merger": spec}
         fields: dict[str, Any] = {field: [spec] if single is None else spec, **ALSO.get(self.kind, {})}
         fields.update((name, value) for name, value in ENOUGH.items() if name not in fields)
         return "".join(f"{name}: {_flow(value)}\n" for name, value in fields.items())

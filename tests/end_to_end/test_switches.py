@@ -50,7 +50,8 @@ def test_final_best_keeps_the_best_evaluated_weights(
     evaluations = rows(out / "evaluations.jsonl")
     best = min(evaluations[:-1], key=lambda row: row["loss"])
     assert 0 < best["step"] < 40 and result["best_step"] == best["step"]
-    assert evaluations[-1] == {"step": 40, "loss": pytest.approx(best["loss"], abs=1e-7)}
+    figures = {name: pytest.approx(best[name], abs=1e-7) for name in ("loss", "token_accuracy")}
+    assert evaluations[-1] == {"step": 40, **figures}
     assert result["after"]["loss"] == evaluations[-1]["loss"]
     assert equal(weights(out / "model"), trained(checkpoint(out, best["step"])))
 

@@ -17,7 +17,7 @@ import markdown
 import pytest
 
 from families.test_catalogue import CHECK, SIDES, Results, record, results  # noqa: F401 - the fixture is used by name
-from hone import catalogue, parts
+from hone import catalogue
 from hone.errors import HoneError
 from hone.evidence import pages, store
 
@@ -88,7 +88,7 @@ def test_the_indexes_show_every_paper_and_verdict(results: Results, tmp_path: Pa
     made = pages.pages(tmp_path)
     assert "| [lora](adapter/lora.md) | not at this scale |" in made["methods/index.md"]
     rows = [line for line in made["papers.md"].splitlines() if line.startswith("| [")]
-    titles = {title for r in parts.catalogue() for title, _ in r.papers}
+    titles = {title for e in catalogue.entries() for title, _ in e.papers}
     assert len(rows) == len(titles) and [r.casefold() for r in rows] == sorted(r.casefold() for r in rows)
     (dora,) = [row for row in rows if "DoRA" in row]
     assert "(https://arxiv.org/abs/2402.09353) | [adapter lora](methods/adapter/lora.md) | not at this scale |" in dora

@@ -169,7 +169,7 @@ class PrefixSteering(Steering):
 )
 @dataclass(kw_only=True)
 class PromptTuning(Virtual):
-    """Train the embeddings of virtual tokens in front of every sequence; the model is frozen.
+    """Train a soft prompt: the embeddings of virtual tokens in front of every sequence; the model is frozen.
 
     h = decoder([p_1 .. p_P, e(x_1) .. e(x_T)]), of which the last T states are used
 

@@ -34,7 +34,7 @@ class Correction(ModelMade):
     prompt, own answer, `ask` -> reference; and prompt -> reference where `plain` is set
 
     Evaluation asks the source's own prompts, or, with `asked: again`, those that end with a wrong first answer, so
-    that its accuracy is the share of mistakes that are corrected.
+    that its accuracy tells how many mistakes are mended.
 
     Args:
         wrong: take the answers alone that the source grades as wrong; otherwise all, as the paper needs no grade.

@@ -280,7 +280,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     methods: list[Any] = ["methods/index.md", *({_title(kind): found} for kind, found in kinds if found)]
     config.nav = [
         {"Home": "index.md"},
-        {"Guide": [{"Using hone": "guide.md"}, {"Adapters": "adapters.md"}, "CONTRIBUTING.md", "CHANGELOG.md"]},
+        {"Guide": [{"Using hone": "guide.md"}, {"Adapters": "adapters.md"}, {"Objectives": "objectives.md"},
+                   "CONTRIBUTING.md", "CHANGELOG.md"]},
         {"Methods": methods}, {"Papers": "papers.md"}, {"Design": "design.md"},
         {"Evidence": ["evidence/index.md", *sorted(f"evidence/{path.stem}.md" for path in compared)]},
     ]  # fmt: skip

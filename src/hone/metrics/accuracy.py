@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @part("metric", "accuracy", papers="original")
 @dataclass(kw_only=True)
 class Accuracy:
-    """Share of generated answers that the data source grades as right."""
+    """Share of correct answers: of those generated, how many the data source grades as right."""
 
     def __call__(self, source: Source, sample: Sample, text: str) -> float | None:
         """Return the source's grade of a generated answer.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from hone.errors import HoneError
 from hone.options import Nested
@@ -25,14 +24,15 @@ class Merged:
     evaluated and saved as it is; `hone merge` does so without a run.
 
     Args:
-        models: folders in Hugging Face or PEFT format, Hub names, or in a later stage "stage:1", "stage:2", ...
+        models: folders in Hugging Face or PEFT format, Hub names, or in a later stage "stage:1" and so on, e.g.
+            ["base", "base"].
         merger: how they are merged.
         base: what they were trained from; needed where the merger adds up changes.
         template: chat template, as in `pretrained`.
     """
 
     from_nothing: ClassVar[bool] = False
-    models: Annotated[list[str], Field(min_length=1)]
+    models: list[str]
     merger: Annotated[Any, Nested("merger")]
     base: str | None = None
     template: str | None = None
