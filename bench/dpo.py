@@ -2,10 +2,10 @@
 
     python bench/dpo.py [--rounds 3] [--steps 8] [--out FILE]
 
-Model: a 6-layer Llama, width 384, vocabulary 8192, 16.9M parameters, float32. Data: the same random pairs for all sides, 4
-a step, prompts of 256 tokens and answers of 64. Every side trains all weights and computes the reference in each step
-with a frozen copy of the model. Sides: `trl` (DPOTrainer), `hone` (one prompt with two answers is one tree), and
-`unshared` (hone on the same pairs with the prompt written out for each answer: what sharing gains).
+Model: a 6-layer Llama, width 384, vocabulary 8192, 16.9M parameters, float32. Data: the same random pairs for all
+sides, 4 a step, prompts of 256 tokens and answers of 64. Every side trains all weights and computes the reference in
+each step with a frozen copy of the model. Sides: `trl` (DPOTrainer), `hone` (one prompt with two answers is one tree),
+and `unshared` (hone on the same pairs with the prompt written out for each answer: what sharing gains).
 """
 
 from __future__ import annotations

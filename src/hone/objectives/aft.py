@@ -72,7 +72,7 @@ class AFT(Preference):
     """
 
     constraint: Constraint = "boundary"
-    boundary: Annotated[float, Field(ge=0)] = 0.1
+    boundary: Annotated[float, Field(ge=0)] = 1.0
     sft: Annotated[float, Field(ge=0)] = 1.0
 
     def reward(self, side: Side) -> Tensor:
