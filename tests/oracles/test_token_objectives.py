@@ -15,18 +15,19 @@ from torch import Tensor
 from conformance.test_objectives import make_model, make_teacher, sequences, tokenizer, tree
 from hone.data.chains import Chains
 from hone.data.correction import Correction
-from hone.errors import HoneError
+from hone.errors import HoneError, ModelError
 from hone.networks import blocks_of
 from hone.objectives import noise
 from hone.objectives.base import trained
 from hone.objectives.draws import per_tree, places, uniform
 from hone.objectives.language import SFT
-from hone.objectives.masked_thought import MaskedThought, mask_id
+from hone.objectives.masked_thought import MaskedThought
 from hone.objectives.self_tokens import ScheduledSampling, predicted_tokens
 from hone.objectives.tokens import DynamicFT, Focal, Weighted, focal_loss, inverse_frequencies, rectified
 from hone.text.inside import inside
 from hone.text.model import LanguageModel
 from hone.text.pack import Packed, pack
+from hone.text.special import mask_id
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -281,7 +282,7 @@ def test_masked_thought_hides_a_share_of_the_answer_alone(replacement: str) -> N
         assert not changed[batch.weights == 0].any()
         assert float(changed[batch.weights != 0].double().mean()) == pytest.approx(rate, abs=0.05)
         if replacement == "mask":
-            assert set(seen[-1][changed].tolist()) <= {tokenizer().pad_token_id}
+            assert set(seen[-1][changed].tolist()) <= {mask_id(tokenizer())}
     hidden = model.hidden(replace(batch, tokens=seen[-1]))
     predictors, targets, weights = trained(batch)
     same(loss, (weights * F.cross_entropy(model.head(hidden[predictors]), targets, reduction="none")).sum(), model)
@@ -292,17 +293,15 @@ def test_masked_thought_hides_a_share_of_the_answer_alone(replacement: str) -> N
 def test_the_mask_token_is_one_that_no_text_holds() -> None:
     vocabulary = {"<s>": 0, "<pad>": 1, "<mask>": 2}
 
-    def make(mask: int | None, pad: int | None) -> Any:
-        return SimpleNamespace(get_vocab=lambda: vocabulary, mask_token_id=mask, pad_token_id=pad, eos_token_id=0)
+    def make(mask: int | None) -> Any:
+        return SimpleNamespace(get_vocab=lambda: vocabulary, mask_token_id=mask)
 
-    assert [mask_id(make(2, 1), None), mask_id(make(None, 1), None), mask_id(make(None, 0), "<mask>")] == [2, 1, 2]
-    with pytest.raises(HoneError, match="neither a mask token nor a padding token of its own"):
-        mask_id(make(None, 0), None)
-    with pytest.raises(HoneError, match=r"no token '<mas>'.*<mask>"):
-        mask_id(make(None, 0), "<mas>")
-    blind = SimpleNamespace(tokenizer=make(None, None))
+    assert [mask_id(make(2)), mask_id(make(None), "<mask>")] == [2, 2]
+    with pytest.raises(ModelError, match=r"no token '<mas>'.*<mask>"):
+        mask_id(make(None), "<mas>")
+    blind = SimpleNamespace(tokenizer=make(None))
     MaskedThought(replace="random").equip(blind)
-    with pytest.raises(HoneError, match="replace: random"):
+    with pytest.raises(ModelError, match="needs 1 tokens that no text is made of"):
         MaskedThought().equip(blind)
 
 

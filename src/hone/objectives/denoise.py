@@ -119,8 +119,9 @@ class Corrupted:
     "denoiser at either.",
     deviations="Spans are T5's (checked against ports of its random_spans_noise_mask). The seven settings are those "
     "that Levanter's port gives for the paper, each drawn equally often; the paper's text itself was not at hand. The "
-    "rest of a cut text has a length uniform on 1 to 2 r L - 1. Flags and sentinels are tokens that the model has and "
-    "no text is made of (13 bytes in the shipped model), so no embedding is added; where a text has more spans than "
+    "rest of a cut text has a length uniform on 1 to 2 r L - 1; that mean is from memory, and ports disagree. Flags "
+    "and sentinels are tokens that the model has and no text is made of (13 bytes in the shipped model), so no "
+    "embedding is added; where a text has more spans than "
     "there are sentinels, they are used again in order. Inputs are as long as the data's passages; the paper's fill "
     "the context. The target of a cut text ends only where the text does.",
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from hone.errors import HoneError, nearest
 from hone.objectives.draws import Disturbed, Share, uniform
 from hone.parts import part
+from hone.text.special import mask_id
 
 if TYPE_CHECKING:
     from hone.text.model import LanguageModel
@@ -42,8 +42,8 @@ def masked_tokens(tokens: Tensor, weights: Tensor, uniforms: Tensor, rate: float
     ],
     claim="Hiding a fifth to two fifths of the tokens of worked solutions from the model that learns them raises its "
     "accuracy on mathematical problems (LLaMA-2-7B on GSM8K by 5 points), with no other change.",
-    deviations="Verified on the authors' code. Where the tokenizer has no mask token, its padding token serves, which "
-    "never stands in a text; the authors add a new token, or take random ones (replace: random).",
+    deviations="Verified on the authors' code. Where the tokenizer has no mask token, one that no text is made of "
+    "serves (as for ul2); the authors add a new token, or take random ones (replace: random).",
 )
 @dataclass(kw_only=True)
 class MaskedThought(Disturbed):
@@ -59,7 +59,7 @@ class MaskedThought(Disturbed):
         warmup: share of the run's steps over which the rate rises from 0.
         replace: what stands there instead: one "mask" token, or tokens drawn at "random" from the vocabulary, as the
             authors do for GSM8K.
-        token: the mask token as text; None takes the tokenizer's mask token, or else its padding token.
+        token: the mask token as text; None takes the tokenizer's mask token, or else one that no text is made of.
     """
 
     rate: Share = 0.4
@@ -74,7 +74,7 @@ class MaskedThought(Disturbed):
             model: the language model, as the run starts from it.
 
         Raises:
-            HoneError: there is none.
+            ModelError: there is none.
         """
         if self.replace == "mask":
             mask_id(model.tokenizer, self.token)
@@ -95,30 +95,3 @@ class MaskedThought(Disturbed):
             replacement = (drawn[:, 1] * min(size, len(model.tokenizer))).long()
         rate = self.warmed(self.rate, self.warmup)
         return self.on_tokens(model, batch, masked_tokens(batch.tokens, batch.weights, drawn[:, 0], rate, replacement))
-
-
-def mask_id(tokenizer: Any, token: str | None) -> int:
-    """Return the id of the mask token.
-
-    Args:
-        tokenizer: the model's.
-        token: the token as text, None for the tokenizer's mask token, or else its padding token.
-
-    Raises:
-        HoneError: there is no such token, or it ends texts.
-    """
-    vocabulary = tokenizer.get_vocab()
-    if token is not None:
-        if token not in vocabulary:
-            hint = nearest(token, vocabulary) or "replace: random needs no token"
-            raise HoneError(f"objective 'mft': token: the tokenizer has no token '{token}' ({hint})")
-        return int(vocabulary[token])
-    found = tokenizer.mask_token_id
-    if found is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        found = tokenizer.pad_token_id
-    if found is None:
-        raise HoneError(
-            "objective 'mft': the tokenizer has neither a mask token nor a padding token of its own; name a token that "
-            "never stands in your texts (token: ...), or take random ones (replace: random)"
-        )
-    return int(found)

@@ -92,7 +92,8 @@ def value(logits: Tensor, targets: Tensor) -> Tensor:
     ],
     claim="Matching whole sequences in the chi^2-mixture divergence, with a token that takes back a mistake, gives "
     "better generations than the likelihood.",
-    deviations="Verified from the abstract and reviews that state the equations; the authors' code was not found. The "
+    deviations="Neither the paper's text nor the authors' code was found: the form is put together from the abstract "
+    "and from reviews, which give pieces of the equations, and may differ from the paper's in its details. The "
     "terms E[V - gamma V'] are taken in their telescoped form, exactly V(s_0). States of a sequence with deletions are "
     "the nodes of a packed tree, each computed once, where the paper masks a flat sequence; the numbers are the same. "
     "A deletion of nothing cannot be drawn. The paper fine-tunes at alpha 0.01 and gamma 0.998 on long texts; our "

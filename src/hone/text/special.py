@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from hone.errors import ModelError
+from hone.errors import ModelError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,14 +48,21 @@ def spare_ids(tokenizer: PreTrainedTokenizerBase, least: int = 1, most: int | No
     return found[:most]
 
 
-def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def mask_id(tokenizer: PreTrainedTokenizerBase, token: str | None = None) -> int:
     """Return the id of the mask token, or of the first spare token where the tokenizer has none.
 
     Args:
         tokenizer: of the model.
+        token: the mask token as text, where the user names one.
 
     Raises:
-        ModelError: there is neither.
+        ModelError: there is neither, or no token with the name.
     """
-    own: Any = getattr(tokenizer, "mask_token_id", None)
+    known: Any = tokenizer
+    if token is not None:
+        vocabulary = known.get_vocab()
+        if token not in vocabulary:
+            raise ModelError(f"the tokenizer has no token '{token}' ({nearest(token, vocabulary) or 'none is near'})")
+        return int(vocabulary[token])
+    own: Any = getattr(known, "mask_token_id", None)
     return spare_ids(tokenizer, 1, 1)[0] if own is None else int(own)
