@@ -112,10 +112,13 @@ class Entry:
         single = next((name for name, kind in PART_FIELDS.items() if kind == self.kind), None)
         listed = next((name for name, kind in LIST_FIELDS.items() if kind == self.kind), None)
         field = single or listed
-        if field is None and self.kind != "merger":
+        if field is None and self.kind not in ("merger", "reward"):
             return ""
         spec = self._spec(called)
-        if field is None:  # a merger is named by the model that it makes
+        if self.kind == "reward":  # rewards are an option of what is trained on
+            field = single = "data"
+            spec = {"name": "rollouts", "of": "chains", "rewards": spec}
+        elif field is None:  # a merger is named by the model that it makes
             field = single = "model"
             spec = {"name": "merged", "base": "base", "models": ["base", "base"], "merger": spec}
         fields: dict[str, Any] = {field: [spec] if single is None else spec, **ALSO.get(self.kind, {})}

@@ -22,6 +22,7 @@ KINDS = (
 )  # fmt: skip
 ROOT = Path(__file__).parent
 T = TypeVar("T", bound=type)
+_added: dict[tuple[str, str], tuple[Record, type]] = {}  # parts of the user's own, of this process alone
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,11 @@ def load(kind: str, name: str) -> type:
     Raises:
         HoneError: there is no such part; the message gives the nearest right name.
     """
+    if (kind, name) in _added:
+        return _added[kind, name][1]
     record = find(kind, name)
     if record is None:
-        known = [r.name for r in catalogue() if r.kind == kind]
+        known = [r.name for r in (*catalogue(), *(own for own, _ in _added.values())) if r.kind == kind]
         hint = nearest(name, known) or f"known: {', '.join(known)}"
         raise HoneError(f"there is no {kind} called '{name}' ({hint})")
     return getattr(importlib.import_module(record.module), record.attribute)
@@ -129,8 +132,29 @@ def load(kind: str, name: str) -> type:
 
 def find(kind: str, name: str) -> Record | None:
     """Return the record of the part `name` of `kind`, or None; "peft:vera" finds the bridge "peft:"."""
+    if (kind, name) in _added:
+        return _added[kind, name][0]
     prefix = name.split(":", 1)[0] + ":" if ":" in name else name
     return next((r for r in catalogue() if r.kind == kind and r.name in (name, prefix)), None)
+
+
+def add(kind: str, name: str, cls: T) -> T:
+    """Let recipes of this process name a class of the user's own; the catalogue does not list it.
+
+    Args:
+        kind: one of `KINDS`.
+        name: what a recipe calls it.
+        cls: a keyword-only dataclass that does what parts of this kind do.
+
+    Raises:
+        HoneError: hone has a part of this kind and name, or the name is empty or holds a colon.
+    """
+    if not name or ":" in name or any(record.kind == kind and record.name == name for record in catalogue()):
+        raise HoneError(f"'{name}' cannot be the name of a {kind} of your own: it is empty, has a colon, or is taken")
+    doc, place = cls.__doc__ or "", (cls.__module__, cls.__qualname__)
+    _added[kind, name] = Record(kind, name, (), "", "", doc, (), *place, path="", line=0), cls
+    cls.kind, cls.name = kind, name  # type: ignore[attr-defined]
+    return cls
 
 
 @cache

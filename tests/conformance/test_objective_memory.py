@@ -54,8 +54,8 @@ def test_no_storage_is_larger_than_a_chunk(name: str) -> None:
     trees = suite.TOYS[cls.consumes]() * COPIES
     player = SimpleNamespace(optimizer=SimpleNamespace(state={}))
     run: Any = SimpleNamespace(
-        model=model, objective=objective, players={"model": player}, step=8, total=10, loader=None, adapter=None,
-        rehearsal=False,
+        model=model, objective=objective, players={"model": player}, step=8, total=10, loader=suite.LOADER,
+        adapter=None, rehearsal=False,
         recipe=SimpleNamespace(build=lambda field: start, seed=0, micro_tokens=None, batch_tokens=4096),
         cluster=Cluster("cpu", "float64"), display=None,
     )  # fmt: skip

@@ -52,6 +52,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "minor-sft": [{"beta": 0.0}],
     "poft": [{"references": ["start", "start"], "beta": 4.0}],
     "dft": [{"score": "mean", "tau": 0.3}, {"gamma": 1.0}],
+    "ovm": [{"nll": 1.0}],
+    "alphamath": [{"beta": 1.0}],
+    "step-apo": [{"flips": 0.1}],
+    "grpo": [
+        {"kl": 0.1},
+        {"ratio": "answer", "normalise": "tokens"},
+        {"kl": 0.1, "estimator": "k2", "entropy": 0.01},
+        {"clip_low": None, "clip_high": None, "normalise": "length"},
+    ],
+    "ppo": [{"kl": 0.1, "value_clip": None}],
     "kto": [{"point": "zero", "undesirable": 2.0}],
     "aft": [{"constraint": "detached"}, {"constraint": "none", "sft": 0.0}],
 }
@@ -120,9 +130,49 @@ def tagged() -> list[Tree]:
     return [words(2, 1, 3), words(3, 2), words(2, 2, 1, 1, 3)]
 
 
+def steps() -> list[Tree]:
+    def path(*sizes: int, right: float) -> Tree:
+        values = (float("nan"), *(right - 0.1 * place for place in range(len(sizes) - 1)))
+        label = ((right + 1) / 2,) * len(sizes)
+        return tree(sizes, range(-1, len(sizes) - 1), seed=sum(sizes), prompt=sizes[0], value=values, label=label)
+
+    return [path(3, 2, 4, right=1.0), path(2, 3, right=-0.6), path(4, 1, 2, 3, right=1.0)]
+
+
+def rollouts() -> list[Tree]:
+    """Return groups of answers as a phase leaves them: half are good, and the last one is not the model's own."""
+    nothing = float("nan")
+
+    def group(prompt: int, *answers: int) -> Tree:
+        sizes, count = (prompt, *answers), len(answers)
+        good = [float(place % 2 == 0) for place in range(count)]
+        made = tree(
+            sizes, [-1] + [0] * count, seed=prompt, prompt=prompt, reward=(nothing, *good),
+            foreign=(nothing, *[0.0] * (count - 1), 1.0), hint=(0.0,) * len(sizes),
+        )  # fmt: skip
+        rng = np.random.default_rng(prompt)
+        values = {
+            name: tuple(rng.normal(centre, 0.3, size) for size in sizes)
+            for name, centre in (
+                ("logprob", -5.5),
+                ("reference", -5.5),
+                ("value", 0.2),
+                ("return", 0.5),
+                ("credit", 0.0),
+            )
+        }
+        advantages = tuple(np.full(size, 2 * worth - 1.0) for size, worth in zip(sizes, [0.5, *good], strict=True))
+        return replace(made, values={**values, "advantage": advantages})
+
+    return [group(3, 4, 2, 5), group(2, 1, 6), group(5, 3, 3, 2)]
+
+
+LOADER = SimpleNamespace(trees=None, source=SimpleNamespace(temperature=1.0, max_new_tokens=8))
+
 TOYS: dict[str, Callable[[], list[Tree]]] = {
     "sequences": sequences, "tokens": sequences, "pairs": pairs, "judged": judged,
-    "labelled": labelled, "tagged": tagged, "streams": sequences,
+    "labelled": labelled, "tagged": tagged, "streams": sequences, "steps": steps,
+    "rollouts": rollouts,
 }  # fmt: skip
 
 NAMES = [record.name for record in catalogue() if record.kind == "objective"]
@@ -148,7 +198,7 @@ def case(request: pytest.FixtureRequest, name: str, options: dict[str, Any]) -> 
         objective.equip(model)
         start = SimpleNamespace(from_nothing=False, load=lambda **options: make_teacher())
         objective.setup(SimpleNamespace(
-            model=model, objective=objective, players={}, step=0, loader=None, adapter=None,
+            model=model, objective=objective, players={}, step=0, loader=LOADER, adapter=None,
             recipe=SimpleNamespace(build=lambda field: start),
             cluster=SimpleNamespace(device="cpu", dtype=torch.float64, precision="float64"),
         ))  # fmt: skip

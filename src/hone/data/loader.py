@@ -22,7 +22,7 @@ from hone.data.sample import Sample
 from hone.errors import DataError, HoneError
 from hone.text.pack import Tree
 
-State = dict[str, int]
+State = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -75,6 +75,33 @@ class Steps(Iterator[list[Tree]]):
         self._check(state)
         self.close()
         self._position = dict(state)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of one pass over the data, None where nobody knows."""
+        return None
+
+    def total_steps(self, epochs: float) -> int:
+        """Return the number of steps of some passes over the data.
+
+        Args:
+            epochs: passes, may be fractional.
+
+        Raises:
+            DataError: nobody knows.
+        """
+        raise DataError(f"epochs: a stream has no length, so {epochs} epochs have no known number of steps; give steps")
+
+    def join(self, run: Any) -> None:
+        """Meet the run before its first step, for steps that depend on the model; here nothing.
+
+        Args:
+            run: the run in progress (`engine/loop.py: Run`).
+        """
+
+    def figures(self) -> dict[str, float]:
+        """Return what the steps themselves have to report beside the latest one, by name."""
+        return {}
 
     def close(self) -> None:
         """End the worker processes; the next `next()` starts new ones."""
@@ -213,8 +240,6 @@ class StreamingLoader(Steps):
     used up since the beginning, `index` those in this epoch, `offset` the trees handed out of the one after them.
     """
 
-    steps_per_epoch: int | None = None
-
     def __init__(
         self,
         feed: Feed,
@@ -248,17 +273,6 @@ class StreamingLoader(Steps):
         self.feed, self.batch_tokens, self.seed, self.max_tokens = feed, batch_tokens, seed, max_tokens
         self.buffer, self.workers, self.epochs = buffer if shuffle else 1, workers, epochs
         self.counts = Counts()  # of the samples used since this loader was made
-
-    def total_steps(self, epochs: float) -> int:
-        """Raise, since nobody knows how long a stream is.
-
-        Args:
-            epochs: passes over the stream.
-
-        Raises:
-            DataError: always.
-        """
-        raise DataError(f"epochs: a stream has no length, so {epochs} epochs have no known number of steps; give steps")
 
     def _steps(self, start: State) -> Generator[tuple[list[Tree], State], None, None]:
         """Yield each step with the position after it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hone.data.cache import Progress, TokenCache, cache_key
-from hone.data.loader import Loader, StreamingLoader
+from hone.data.loader import Loader, Steps, StreamingLoader
 from hone.data.overlong import Counts, fit_sample
 from hone.data.sample import Sample
 from hone.data.source import Overlong, Source, Split
@@ -30,10 +30,11 @@ ACCEPTED = {  # what an objective consumes -> the kinds of samples that serve as
     "streams": ("pieces",),  # source and target in turns
     "pairs": ("pair", "list"),
     "judged": ("pair", "list", "completion", "messages"),  # answers of which each is said to be good or bad
+    "steps": ("steps",),  # answers cut into steps, each with what is reached by it
     "labelled": ("text",),
     "tagged": ("tagged",),
-    "prompts": ("prompt", "completion", "messages"),
-    "any": ("text", "completion", "messages", "pieces", "pair", "list", "tagged", "prompt"),
+    "rollouts": ("prompt", "completion", "messages"),  # answered by the model while it trains
+    "any": ("text", "completion", "messages", "pieces", "pair", "list", "steps", "tagged", "prompt"),
 }
 _IN_WORDS = {
     "text": "plain text",
@@ -42,12 +43,13 @@ _IN_WORDS = {
     "pieces": "answers in pieces",
     "pair": "preference data",
     "list": "ranked answers",
+    "steps": "answers in steps with values",
     "tagged": "tagged words",
     "prompt": "prompts without answers",
 }
 _FOR_EXAMPLE = {
     "sequences": "sft", "tokens": "pretrain", "pairs": "dpo", "judged": "kto", "labelled": "classify", "tagged": "tag",
-    "prompts": "grpo", "streams": "east",
+    "rollouts": "grpo", "streams": "east", "steps": "alphamath",
 }  # fmt: skip
 
 
@@ -99,7 +101,7 @@ class Rendering:
             trees = [replace(tree, weights=tuple(np.ones_like(weight) for weight in tree.weights)) for tree in trees]
         return fit_sample(
             trees, self.source.max_tokens, self.overlong_for(sample),
-            where=sample.where, trains=self.consumes not in ("labelled", "prompts", "any"),
+            where=sample.where, trains=self.consumes not in ("labelled", "rollouts", "any"),
         )  # fmt: skip
 
     def overlong_for(self, sample: Sample) -> Overlong:
@@ -146,7 +148,8 @@ class Opened:
 
     Args:
         rendering: where it comes from.
-        trees: the rendered samples; None for a stream, which is rendered while it trains.
+        trees: the rendered samples; None for a stream, which is rendered while it trains, and for what the model will
+            have answered.
     """
 
     rendering: Rendering
@@ -166,6 +169,8 @@ class Opened:
 
     def describe(self) -> str:
         """Return one sentence for people."""
+        if self.rendering.source.on_policy:
+            return self.rendering.source.describe()
         what = "read as a stream, rendered while training" if self.trees is None else self.trees.counts.describe()
         return f"{self.rendering.source.describe()}: {what}"
 
@@ -181,9 +186,7 @@ class Opened:
             "cache": None if self.trees is None or self.trees.folder is None else str(self.trees.folder),
         }
 
-    def loader(
-        self, batch_tokens: int, seed: int, epochs: float | None = None, *, workers: int | None = None
-    ) -> Loader | StreamingLoader:
+    def loader(self, batch_tokens: int, seed: int, epochs: float | None = None, *, workers: int | None = None) -> Steps:
         """Return the resumable loader, with the source's shuffling and workers.
 
         Args:
@@ -193,6 +196,8 @@ class Opened:
             workers: processes that read ahead; None takes the source's option.
         """
         source = self.rendering.source
+        if (made := source.own_loader(self.rendering, seed, epochs)) is not None:
+            return made
         workers = source.workers if workers is None else workers
         if self.trees is None:
             return StreamingLoader(
@@ -253,7 +258,7 @@ def open_data(
     Args:
         source: gives the samples.
         renderer: turns a sample into trees.
-        consumes: what the objective consumes: "sequences", "pairs" or "prompts"; "any" takes every kind of sample.
+        consumes: what the objective consumes, a key of `ACCEPTED`; "any" takes every kind of sample.
         classes: names of the classes of labelled and tagged data, in the order of their numbers.
         split: "train" or "eval".
         context: most tokens that the model takes; longer samples are fitted to it, whatever `max_tokens` says.
@@ -271,6 +276,12 @@ def open_data(
         log.warning("max_tokens is %d, but the model's context is %d tokens, which is used", source.max_tokens, context)
         source.max_tokens = context
     rendering = Rendering(source, renderer, split, consumes, tuple(classes))
+    if consumes == "rollouts" and not source.on_policy:
+        raise not_on_policy(source)
+    if source.on_policy and (split == "train" or consumes not in ("sequences", "tokens")):
+        if next(source.samples(split), None) is None and split == "train":
+            raise _empty(source)
+        return Opened(rendering, None)
     if source.streaming and split == "train":
         if next(rendering.samples(), None) is None:
             raise _empty(source)
@@ -283,6 +294,36 @@ def open_data(
         raise _empty(source)
     trees.counts.require_kept(source.max_tokens)
     return Opened(rendering, trees)
+
+
+def not_on_policy(source: Source) -> DataError:
+    """Return the error for an objective that learns from the model's own answers, with data that has others.
+
+    Args:
+        source: the data.
+    """
+    return DataError(
+        f"{source.describe()}: the objective learns from what the model itself answers; write data: {{name: rollouts, "
+        "of: YOUR DATA, rewards: [exact]}"
+    )
+
+
+def on_policy_error(consumes: str, make: str, fitting: Sequence[str], known: Mapping[str, Sequence[str]]) -> DataError:
+    """Return the error for rollouts of which an objective can make nothing.
+
+    Args:
+        consumes: what the objective consumes.
+        make: what the recipe wants to be made of them.
+        fitting: what the objective could use.
+        known: what can be made, by what objectives consume.
+    """
+    if fitting:
+        return DataError(
+            f"data.make: '{make}' is not what an objective that consumes {consumes} can use; expected "
+            f"{' or '.join(fitting)}, or auto"
+        )
+    others = ", ".join(f"{name}, such as {_FOR_EXAMPLE[name]}" for name in known)
+    return DataError(f"data: rollouts make nothing for an objective that consumes {consumes}; use one for {others}")
 
 
 def _empty(source: Source) -> DataError:

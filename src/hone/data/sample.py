@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["text", "completion", "messages", "pieces", "pair", "list", "tagged", "prompt"]
+Kind = Literal["text", "completion", "messages", "pieces", "pair", "list", "steps", "tagged", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Sample:
         kind: "text" (all of answers[0] is trained), "completion" (answers[0] is trained after prompt), "messages"
             (prompt is a whole conversation; its assistant turns are trained), "pieces" (answers follow each other after
             a plain prompt, each tokenised on its own; scores are the weights of their tokens, 1 where there are none),
-            "pair" (answers are chosen, rejected), "list" (answers with scores), "tagged" (answers are words with
-            labels), "prompt" (nothing to train on; for generation and on-policy learning).
+            "pair" (answers are chosen, rejected), "list" (answers with scores), "steps" (answers are those of one
+            answer after a plain prompt; scores say what the answer is worth after each), "tagged" (answers are words
+            with labels), "prompt" (nothing to train on; for generation and on-policy learning).
         prompt: plain text, or the messages of a conversation.
         answers: plain texts, or lists of messages where the prompt is messages.
         scores: how good each answer of a list is, the higher the better; the weight of each of several pieces.

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ from hone.data.sample import Kind, Sample
 from hone.errors import DataError, nearest
 
 if TYPE_CHECKING:
+    from hone.data.loader import Steps
+    from hone.data.open import Rendering
     from hone.text.model import LanguageModel
 
 Split = Literal["train", "eval"]
@@ -44,6 +46,7 @@ class Source(ABC):
         cache: keep the rendered tokens on disk, where the next run with the same data finds them.
     """
 
+    on_policy: ClassVar[bool] = False  # whether the model makes the samples while it trains
     format: Literal["auto", "text", "completion", "messages", "alpaca", "qa", "pairs", "list", "tagged", "prompt"] = (
         "auto"
     )
@@ -109,6 +112,16 @@ class Source(ABC):
             split: "train" or "eval".
         """
         return self.samples(split)
+
+    def own_loader(self, rendering: Rendering, seed: int, epochs: float | None) -> Steps | None:
+        """Return what hands out the steps of a run, for sources that make samples while it goes on; here None.
+
+        Args:
+            rendering: of the training split.
+            seed: of the run.
+            epochs: passes over the data; None goes on for ever.
+        """
+        return None
 
     def overlong_for(self, kind: Kind) -> Overlong:
         """Return what is done with a sample of this kind that is longer than `max_tokens`.

@@ -175,6 +175,7 @@ def _start(run: Run) -> None:
     run.players["model"] = Player(params, optimizer, recipe.build("schedule").factor)
     for part in (run.objective, *run.penalties):
         part.setup(run)
+    run.loader.join(run)
 
 
 def _identity(start: Any) -> str:

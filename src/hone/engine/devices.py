@@ -104,6 +104,17 @@ class Cluster:
         """
         return value if self.world == 1 else json.loads(self.agree(json.dumps(value) if self.main else ""))
 
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, in the order of the processes; all call it together.
+
+        Args:
+            value: what JSON can hold.
+        """
+        if self.world == 1:
+            return [value]
+        said = (self.agree(json.dumps(value) if self.rank == rank else "") for rank in range(self.world))
+        return [json.loads(text) for text in said]
+
     def on_main(self, action: Callable[[], T]) -> T | None:
         """Run an action on the main process while the others wait; they fail with it instead of waiting for ever.
 

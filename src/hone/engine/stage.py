@@ -15,7 +15,7 @@ from hone.engine.folder import RunFolder
 from hone.engine.loop import INTERRUPTED, Run, Trainer
 from hone.engine.progress import Display
 from hone.engine.tracking import Trackers
-from hone.errors import NumericError
+from hone.errors import HoneError, NumericError
 
 
 @contextlib.contextmanager
@@ -108,8 +108,14 @@ class Stage:
 
     def _step(self) -> None:
         run, recipe = self.run, self.run.recipe
-        position = run.loader.state_dict()
-        trees = next(run.loader, None)
+        position, began = run.loader.state_dict(), time.perf_counter()
+        try:
+            trees = next(run.loader, None)
+        except HoneError:  # e.g. a reward that failed: what has been learned is kept, and the run can go on
+            run.loader.load_state_dict(position)
+            self._checkpoint()
+            raise
+        waited = time.perf_counter() - began
         if trees is None:
             run.stop = run.stop or "the data ended"
             return
@@ -119,6 +125,7 @@ class Stage:
             run.loader.load_state_dict(position)  # the state before the step: the optimizer has not moved
             self._checkpoint()
             raise
+        row = {**row, **run.loader.figures(), "seconds": round(row["seconds"] + waited, 4)}
         for callback in run.callbacks:
             callback.on_step(run, row)
         if run.cluster.main:

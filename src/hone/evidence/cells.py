@@ -149,6 +149,8 @@ def _model_state(recipe: Recipe) -> list[Any]:
     """Return names, sizes and times of the files of the starting model: hashing many gigabytes takes too long."""
     from hone.text.loading import shipped_base
 
+    if "stage:" in json.dumps(recipe.model):  # what an earlier stage will have made of the models of others here
+        return [recipe.model]
     path = getattr(recipe.build("model"), "path", "")
     folder = shipped_base() if path == "base" else Path(path).expanduser() if path else None
     if folder is None or not folder.is_dir():

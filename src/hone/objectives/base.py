@@ -41,7 +41,7 @@ class Objective:
     as well; `loss` is then what evaluation reports.
     """
 
-    consumes: ClassVar[str] = "sequences"  # or "tokens", "pairs", "prompts", ...: what the data must be rendered as
+    consumes: ClassVar[str] = "sequences"  # or "tokens", "pairs", "rollouts", ...: what the data must be rendered as
     generates: ClassVar[bool] = True  # whether a model trained so answers prompts; one with a head says a verdict
 
     def look(self, source: Source) -> None:
@@ -78,6 +78,23 @@ class Objective:
         Args:
             run: the run in progress (`engine/loop.py: Run`).
         """
+
+    def samples_now(self, run: Any) -> bool:
+        """Return whether the coming phase of on-policy data needs answers of the model's own; here always.
+
+        Args:
+            run: the run in progress.
+        """
+        return True
+
+    def appraise(self, run: Any, trees: list[Tree]) -> list[Tree]:
+        """Work out once a phase what its rollouts are credited with, e.g. advantages; here they stay as they are.
+
+        Args:
+            run: the run in progress.
+            trees: all groups of a phase: a prompt with its answers, their rewards and their log-probabilities.
+        """
+        return trees
 
     def before_step(self, run: Any, trees: Sequence[Tree]) -> None:
         """Look at a whole step before its micro-batches, for what a loss needs to know of all of it.

@@ -66,6 +66,38 @@ class CPO(Preference):
 
 @part(
     "objective",
+    "arm",
+    papers=[
+        (
+            "GenARM: Reward Guided Generation with Autoregressive Reward Model for Test-time Alignment",
+            "arXiv:2410.08193",
+        )
+    ],
+    claim="A reward that is a sum of log-probabilities of tokens is learned from pairs of whole answers and says what "
+    "the next token is worth.",
+    deviations="The options of `cpo` are there too; the paper's loss has none of them.",
+)
+@dataclass(kw_only=True)
+class ARM(CPO):
+    """Autoregressive reward model, which guides another model's decoding (sampler `genarm`).
+
+    loss = -log s(beta [log pi_r(y_w) - log pi_r(y_l)]),  log pi_r(y) = sum_t log pi_r(y_t | x, y_<t)
+
+    Args:
+        beta: factor on the rewards, which are log-probabilities (the paper's beta_r).
+        sft: weight of the negative log-likelihood per token of the preferred answer.
+    """
+
+    beta: Positive = 0.05
+    sft: NonNegative = 0.0
+
+    def reward(self, side: Side) -> Tensor:
+        """Return beta log pi_r of each answer (P,)."""
+        return self.beta * side.logprob
+
+
+@part(
+    "objective",
     "simpo",
     papers=[
         ("SimPO: Simple Preference Optimization with a Reference-Free Reward", "arXiv:2405.14734"),

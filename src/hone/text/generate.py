@@ -32,9 +32,13 @@ from hone.text.steering import steering_of
 PREFILL_TOKENS = 16384  # most prompt tokens in one forward pass, which bounds its activations
 COMPACT_BELOW = 0.75  # finished samples are dropped when fewer than this fraction of the rows still run
 
-Sampler = Callable[..., Tensor]  # (logits, uniforms), and a History where `looks_back` is true
+# (logits, uniforms), and a History where `looks_back` is true. One that has beside(model) names language models that
+# read along behind caches of their own; their logits come with the History. One that has choose(model, prompts, groups)
+# picks among whole answers instead: each() draws `count` of them for each answer that is asked for.
+Sampler = Callable[..., Tensor]
 Progress = Callable[[int, int], None]
 Decode = Callable[[LanguageModel, list[np.ndarray], int, Any], None]
+Choose = Callable[[LanguageModel, Sequence[np.ndarray], list[list["Generation"]]], list[list["Generation"]]]
 Around = Callable[[Packed], AbstractContextManager[None]]
 
 
@@ -48,6 +52,7 @@ class History:
         which: (N,) number of the prompt that each row answers.
         prompts: ids of every prompt, by number.
         tokenizer: the model's; None where it is not known.
+        beside: (N, V) logits of the next token by each of the models that the sampler has beside the one that answers.
     """
 
     tokens: np.ndarray
@@ -55,14 +60,15 @@ class History:
     which: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     prompts: Sequence[np.ndarray] = ()
     tokenizer: Any = None
+    beside: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Generation:
     """One sample of one prompt.
 
-    Log-probabilities are the model's own: of softmax(logits) as the head gives them, whatever temperature or truncation
-    the sampler used. They equal `LanguageModel.logprobs` of the same tokens as a child of the prompt.
+    Log-probabilities are the model's own: of softmax(logits / scored_at), whatever temperature or truncation the
+    sampler used. They equal `LanguageModel.logprobs` of the same tokens as a child of the prompt.
 
     Args:
         tokens: (n,) int32 ids of the answer, without the prompt and without the stop token.
@@ -99,6 +105,7 @@ def generate(
     prefix: bool = False,
     around: Around | None = None,
     decode: Decode | None = None,
+    scored_at: float = 1.0,
     on_progress: Progress | None = None,
 ) -> list[list[Generation]]:
     """Continue each prompt `samples` times.
@@ -112,8 +119,7 @@ def generate(
         prompts: token ids of each prompt, none empty.
         samples: answers to each prompt.
         max_new_tokens: most tokens of an answer, a stop token included.
-        sampler: called with logits (N, V) and uniforms (N,) in [0, 1), returns (N,) ids. One whose `looks_back` is true
-            is given a `History` as well.
+        sampler: called with logits (N, V) and uniforms (N,) in [0, 1), returns (N,) ids; see `Sampler`.
         stop: ids that end an answer.
         seed: seeds the uniforms; the same seed draws the same answers again.
         batch: most samples that run at once, which bounds memory; the samples of one prompt always run together.
@@ -121,6 +127,7 @@ def generate(
         around: called with each packed forest of prompts, returns what they run within, e.g. changed embeddings.
         decode: runs prompts in another way than token by token behind a cache: (model, prompts, samples, draws), which
             calls draws.take(logits (n, V), rows (n,), step) until no row of `draws.running()` is left.
+        scored_at: temperature of the distribution whose log-probabilities are returned.
         on_progress: called with (finished samples, all samples) whenever some finish.
 
     Returns:
@@ -133,18 +140,31 @@ def generate(
     """
     if min(samples, max_new_tokens, batch) < 1:
         raise ValueError(f"samples {samples}, max_new_tokens {max_new_tokens} and batch {batch} must be at least 1")
-    room = _room(model, prompts, max_new_tokens)
-    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    samples, sampler, beside, choose = _roles(model, samples, sampler)
+    lengths, room = _room((model, *beside), prompts, max_new_tokens)
     found: dict[int, list[Generation]] = {}
     report = partial(_report, on_progress, samples * len(prompts))
     run = decode or _decoder(model, prefix, around)
     with evaluating(model), torch.no_grad():
         for wave in _waves(lengths, max(1, batch // samples), equal=not model.packs):
             draws = _Draws(wave, room[wave], samples, sampler, stop, seed, partial(report, samples * len(found)))
-            draws.asked, draws.tokenizer = prompts, model.tokenizer
+            draws.asked, draws.tokenizer, draws.temperature, draws.beside = prompts, model.tokenizer, scored_at, beside
             run(model, [np.asarray(prompts[i]) for i in wave], samples, draws)
             found.update(zip(wave.tolist(), draws.generations(samples), strict=True))
-    return [found[i] for i in range(len(prompts))]
+        return choose(model, prompts, [found[i] for i in range(len(prompts))])
+
+
+def _roles(model: LanguageModel, samples: int, sampler: Any) -> tuple[int, Any, Sequence[LanguageModel], Choose]:
+    """Return how many answers are drawn, what draws their tokens, who reads along, and what picks those that stay."""
+
+    def all_stay(model: LanguageModel, prompts: Any, groups: list[list[Generation]]) -> list[list[Generation]]:
+        return groups
+
+    choose = getattr(sampler, "choose", None)
+    if choose is not None:
+        samples, sampler = samples * sampler.count, sampler.each()
+    beside = sampler.beside(model) if hasattr(sampler, "beside") else ()
+    return samples, sampler, beside, choose or all_stay
 
 
 def _report(on_progress: Progress | None, total: int, before: int, count: int) -> None:
@@ -163,9 +183,11 @@ def _decoder(model: LanguageModel, prefix: bool, around: Around | None) -> Decod
     return _decode_with_transformers
 
 
-def _room(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: int) -> np.ndarray:
-    """Return the most tokens that each answer may have."""
-    context = model.context
+def _room(
+    models: Sequence[LanguageModel], prompts: Sequence[np.ndarray], max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the prompts' lengths, and the most tokens of each answer, so that it fits all models that read it."""
+    context = min((model.context for model in models if model.context is not None), default=None)
     room = np.full(len(prompts), max_new_tokens, dtype=np.int64)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -177,7 +199,7 @@ def _room(model: LanguageModel, prompts: Sequence[np.ndarray], max_new_tokens: i
                     f"prompt {i} has {len(prompt)} tokens and leaves no room for an answer in the model's context of "
                     f"{context} tokens; shorten it or use a model with a longer context"
                 )
-    return room
+    return np.array([len(prompt) for prompt in prompts], dtype=np.int64), room
 
 
 def _waves(lengths: np.ndarray, size: int, *, equal: bool) -> Iterator[np.ndarray]:
@@ -216,20 +238,23 @@ class _Draws:
         self.on_finish = on_finish  # called with how many have ended
         self.asked: Sequence[np.ndarray] = ()  # for samplers that look back
         self.tokenizer: Any = None
+        self.temperature = 1.0  # of the log-probabilities that are kept
+        self.beside: Sequence[LanguageModel] = ()  # models that read along, for samplers that look at them
 
     def running(self) -> np.ndarray:
         """Return the rows that have not ended."""
         return np.flatnonzero(self.lengths == 0)
 
-    def take(self, logits: Tensor, rows: np.ndarray, step: int) -> Tensor:
+    def take(self, logits: Tensor, rows: np.ndarray, step: int, beside: Sequence[Tensor] = ()) -> Tensor:
         """Pick token `step` of each row from its logits (n, V); rows that ended before are picked for, not kept."""
         logits = wide(logits)
         kind = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
         uniforms = torch.from_numpy(_uniforms(self.keys[rows], step, 24 if kind == torch.float32 else 53))
         uniform = uniforms.to(kind).to(logits.device)
-        drawn = History(self.tokens[rows, :step], self.stop, self.prompts[rows], self.asked, self.tokenizer)
+        drawn = History(self.tokens[rows, :step], self.stop, self.prompts[rows], self.asked, self.tokenizer, beside)
         ids = pick(self.sampler, logits, uniform, drawn)
-        logprobs = (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(dim=-1)).cpu().numpy()
+        scores = logits if self.temperature == 1.0 else logits / self.temperature
+        logprobs = (scores.gather(-1, ids[:, None])[:, 0] - scores.logsumexp(dim=-1)).cpu().numpy()
         if not np.isfinite(logprobs).all():
             prompt = self.prompts[rows[~np.isfinite(logprobs)][0]]
             raise NumericError(f"the logits of generated token {step} after prompt {prompt} are not finite")
@@ -264,32 +289,77 @@ def _decode(
     prefix: bool = False,
     around: Around | None = None,
 ) -> None:
-    """Run prompts and their samples through a packed model until all samples have ended."""
-    lengths = np.array([len(prompt) for prompt in prompts]) + model.front
-    steering = steering_of(model.hf)
-    watcher = None if steering is None else steering.watch(prompts, samples)
-    device = next(model.parameters()).device
-    cache = DecodeCache(lengths.tolist(), samples, int(draws.room.max()) - 1, device)
-    logits = prefill(model, prompts, cache, prefix, around).repeat_interleave(samples, dim=0)
-    lengths = lengths.repeat(samples)
-    rows = np.arange(len(lengths))
-    for step in range(int(draws.room.max())):
-        ids = draws.take(logits, rows, step)
+    """Run prompts and their samples through packed models until all samples have ended."""
+    room = int(draws.room.max())
+    own = Reader(model, prompts, samples, room, prefix, around)
+    others = [Reader(other, prompts, samples, room, prefix) for other in draws.beside]
+    rows = np.arange(len(prompts) * samples)
+    for step in range(room):
+        ids = draws.take(own.logits, rows, step, [other.logits.to(own.logits.device) for other in others])
         running = np.flatnonzero(draws.lengths[rows] == 0)
         if len(running) == 0:
             return
         if len(running) < COMPACT_BELOW * len(rows):
-            kept = torch.from_numpy(running).to(device)
-            cache.keep(kept)
-            ids, rows = ids[kept], rows[running]
-            if watcher is not None:
-                watcher.keep(running)
-        if watcher is not None:
-            cache.unseen = watcher.unseen(ids.cpu().numpy(), cache)
-        # A row that ended but is still carried along stays at its last position, inside the model's context.
-        positions = lengths[rows] + np.minimum(step, draws.room[rows] - 1)
-        hidden = model.states(ids, torch.from_numpy(positions).to(device), cache)
-        logits = model.head(hidden)
+            ids, rows = ids[torch.from_numpy(running).to(ids.device)], rows[running]
+            for reader in (own, *others):
+                reader.keep(running)
+        for reader in (own, *others):
+            # A row that ended but is still carried along stays at its last position, inside the model's context.
+            reader.read(ids, np.minimum(step, draws.room[rows] - 1))
+
+
+class Reader:
+    """A model that reads prompts, and then what is drawn after them, behind a key-value cache of its own."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: list[np.ndarray],
+        samples: int,
+        room: int,
+        prefix: bool = False,
+        around: Around | None = None,
+    ) -> None:
+        """Read the prompts.
+
+        Args:
+            model: the language model; it must pack.
+            prompts: token ids of each prompt.
+            samples: samples per prompt; row `i * samples + j` is sample j of prompt i.
+            room: most tokens of an answer.
+            prefix: as for `generate`, like the next.
+            around: what the prompts run within.
+        """
+        lengths = np.array([len(prompt) for prompt in prompts]) + model.front
+        steering = steering_of(model.hf)
+        self.model, self.device = model, next(model.parameters()).device
+        self.watcher = None if steering is None else steering.watch(prompts, samples)
+        self.cache = DecodeCache(lengths.tolist(), samples, room - 1, self.device)
+        self.logits = prefill(model, prompts, self.cache, prefix, around).repeat_interleave(samples, dim=0)
+        self.lengths = lengths.repeat(samples)
+
+    def keep(self, running: np.ndarray) -> None:
+        """Drop every row but some.
+
+        Args:
+            running: ascending indices of those to keep.
+        """
+        self.cache.keep(torch.from_numpy(running).to(self.device))
+        self.lengths = self.lengths[running]
+        if self.watcher is not None:
+            self.watcher.keep(running)
+
+    def read(self, ids: Tensor, places: np.ndarray) -> None:
+        """Read one token of each row; `logits` (N, V) are then those of what follows it.
+
+        Args:
+            ids: (N,) the tokens.
+            places: (N,) place of each in its answer, from 0.
+        """
+        if self.watcher is not None:
+            self.cache.unseen = self.watcher.unseen(ids.cpu().numpy(), self.cache)
+        positions = torch.from_numpy(self.lengths + places).to(self.device)
+        self.logits = self.model.head(self.model.states(ids.to(self.device), positions, self.cache))
 
 
 def prefill(

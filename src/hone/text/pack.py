@@ -4,7 +4,8 @@ A batch is a flat row of T tokens cut into S segments; a segment may have a pare
 own segment and to its chain of parents, and to nothing else. Plain packing is a forest of roots, a preference pair is a
 prompt with two children, a group of rollouts is a prompt with G children. The shared part is computed once.
 
-    tokens (T,)   positions (T,)   starts (S+1,)   parents (S,) or -1   weights (T,)   + per-segment fields (S,)
+    tokens (T,)   positions (T,)   starts (S+1,)   parents (S,) or -1   weights (T,)
+    + per-segment fields (S,) + per-token values (T,)
 
 `weights[t]` is the weight of *predicting* token t from what precedes it on its chain. The first token of a child is
 predicted from the last token of its parent; the first token of a root is predicted from nothing and weighs 0.
@@ -35,6 +36,7 @@ class Tree:
         parents: per segment the index of its parent segment, -1 for a root.
         fields: per-segment numbers by name, e.g. {"reward": [0, 1, 0]}; NaN where a segment has none.
         where: "file:line" of the sample, for messages.
+        values: per-token numbers by name, e.g. the log-probabilities that a sampler had: one float array per segment.
     """
 
     tokens: tuple[np.ndarray, ...]
@@ -42,6 +44,7 @@ class Tree:
     parents: tuple[int, ...]
     fields: dict[str, tuple[float, ...]] = field(default_factory=dict)
     where: str = ""
+    values: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of tokens over all segments."""
@@ -69,6 +72,7 @@ class Packed:
         two_way: (S,) boolean, whether the tokens of a segment see each other in both directions; kept on the CPU. A
             marked segment whose marked parent has no other child forms one block with it. None where all are causal.
         two_way_layers: the layers in which that holds; None for all of them.
+        values: (T,) float64 per-token numbers by name, 0 in trees that have none.
     """
 
     tokens: Tensor
@@ -81,6 +85,7 @@ class Packed:
     trees: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     two_way: Tensor | None = None
     two_way_layers: frozenset[int] | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return T, the number of tokens."""
@@ -115,14 +120,20 @@ class Packed:
             positions=self.positions.to(device),
             weights=self.weights.to(device),
             fields={name: value.to(device) for name, value in self.fields.items()},
+            values={name: _moved(value, device) for name, value in self.values.items()},
         )
+
+
+def _moved(value: Tensor, device: torch.device | str) -> Tensor:
+    """Return per-token numbers on a device, in single precision where it has no other (MPS)."""
+    return (value.float() if torch.device(device).type == "mps" else value).to(device)
 
 
 def pack(trees: Sequence[Tree]) -> Packed:
     """Concatenate trees into one packed forest.
 
     Args:
-        trees: at least one tree; per-segment fields absent from some trees are NaN there.
+        trees: at least one tree; per-segment fields absent from some trees are NaN there, per-token values 0.
 
     Returns:
         The batch on the CPU. Segments keep the order of the trees, so a parent always precedes its children.
@@ -159,7 +170,14 @@ def pack(trees: Sequence[Tree]) -> Packed:
         fields={name: torch.tensor(values, dtype=torch.float32) for name, values in fields.items()},
         where=tuple(tree.where for tree in trees),
         trees=torch.tensor([n for n, tree in enumerate(trees) for _ in tree.tokens], dtype=torch.int64),
+        values={name: _values(trees, name) for name in sorted({name for tree in trees for name in tree.values})},
     )
+
+
+def _values(trees: Sequence[Tree], name: str) -> Tensor:
+    """Return the (T,) per-token numbers of a name."""
+    parts = [np.concatenate(tree.values.get(name, (np.zeros(len(tree)),))) for tree in trees]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float64))
 
 
 def seen_both_ways(batch: Packed, layers: Collection[int] | None = None) -> Packed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby, takewhile
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SILENT = "silent"  # in `extra`: per answer the (begin, end) spans of its characters that are not trained
 VERSION = 1  # of the rendering; part of the fingerprint that keys the token cache
 Chain = list[tuple[Piece, float]]  # pieces from the start of a text to an end of it, each with its weight
 Segment = tuple[np.ndarray, np.ndarray]  # token ids and their weights
@@ -175,8 +176,9 @@ class Renderer:
 
         Returns:
             Trees whose weights are 1 on what is trained and 0 elsewhere. A pair is a prompt with the children chosen
-            and rejected, marked by the field "chosen" (1, 0, and NaN at the prompt), a list one with the field "score";
-            a number in `sample.fields` is repeated for each segment.
+            and rejected, marked by the field "chosen" (1, 0, and NaN at the prompt), a list one with the field "score".
+            The steps of an answer are a chain behind the prompt with the field "value" (NaN at the prompt). A number in
+            `sample.fields` is repeated for each segment.
 
         Raises:
             DataError: the chat template refuses the conversation.
@@ -186,6 +188,8 @@ class Renderer:
             return [self._answers(sample, {"chosen": (1.0, 0.0)})]
         if sample.kind == "list":
             return [self._answers(sample, {"score": sample.scores})]
+        if sample.kind == "steps":
+            return [self._steps(sample)]
         if sample.kind == "prompt":
             ids = self.prompt_ids(sample)
             return [_tree(sample, [(ids, np.zeros(len(ids), np.float32))], (-1,))]
@@ -233,6 +237,16 @@ class Renderer:
         marked = {name: (float("nan"), *values) for name, values in fields.items()}
         return _tree(sample, [root, *answers], (-1, *(0 for _ in answers)), marked)
 
+    def _steps(self, sample: Sample) -> Tree:
+        """Return a prompt and the steps of an answer as a chain of segments, each with what is reached by it."""
+        if not isinstance(sample.prompt, str) or not all(isinstance(answer, str) for answer in sample.answers):
+            raise DataError(f"{sample.where}: an answer in steps needs a plain prompt and plain steps")
+        *steps, last = (self._inner(str(answer)) for answer in sample.answers)
+        pieces = [*steps, replace(last, closed=not sample.extra.get(CONTINUES, False))]
+        root = self._segment([(Piece(sample.prompt), False)] if sample.prompt else [], plain=True)
+        chain = [root, *(self._segment([(piece, True)], plain=False) for piece in pieces)]
+        return _tree(sample, chain, tuple(range(-1, len(pieces))), {"value": (float("nan"), *sample.scores)})
+
     def classified(self, sample: Sample, classes: Sequence[str]) -> Tree:
         """Return the tree of a text or of tagged words: what is classified, with the number of its class.
 
@@ -277,9 +291,11 @@ class Renderer:
         if not isinstance(answer, str):
             raise DataError(f"{sample.where}: a plain prompt needs a plain answer, found a list of turns")
         closed = not sample.extra.get(CONTINUES, False)  # a passage of a longer text does not end it
+        spans = sample.extra[SILENT][which] if SILENT in sample.extra else ()
         if not sample.prompt:
-            return [[(Piece(answer, closed=closed), True)]]
-        return [[(Piece(sample.prompt), False), (Piece(answer, self._company(sample.prompt), closed), True)]]
+            return [_parted(Piece(answer, closed=closed), spans, self._inner)]
+        own = Piece(answer, self._company(sample.prompt), closed)
+        return [[(Piece(sample.prompt), False), *_parted(own, spans, self._inner)]]
 
     def _conversation(self, sample: Sample, messages: tuple[Message, ...], first: int) -> list[Chain]:
         """Return the chains that train the assistant's turns from message number `first` on, each of them once."""
@@ -329,6 +345,22 @@ class Renderer:
                 "Set eos_token in the model's tokenizer_config.json"
             )
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
+
+
+def _parted(answer: Piece, spans: Sequence[tuple[int, int]], inner: Callable[[str], Piece]) -> Chain:
+    """Return an answer as a chain in which the characters of some spans are not trained."""
+    if not spans:
+        return [(answer, True)]
+    chain: Chain = []
+    at = 0
+    for begin, end in spans:
+        texts = (answer.text[at:begin], True), (answer.text[begin:end], False)
+        chain += [(inner(text), trained) for text, trained in texts if text]
+        at = end
+    chain.append((replace(inner(answer.text[at:]), closed=answer.closed), True))
+    chain = [(piece, trained) for piece, trained in chain if piece.text or piece.closed]
+    chain[0] = replace(chain[0][0], after=answer.after), chain[0][1]
+    return chain
 
 
 def _prefix(tokenizer: Any) -> list[int]:

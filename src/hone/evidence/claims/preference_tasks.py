@@ -2,9 +2,9 @@
 
 At temperature 1.5 the shipped model is right on less than half of these problems, though it is on nine tenths when it
 answers greedily: it knows more than it says. Pairs of its own right and wrong answers can teach it to keep to what it
-knows, and held-out problems are answered at the same temperature. Sampling takes about half a minute, once; the answers
-are then kept and every cell reads them. The rate, the temperature and beta were chosen for DPO on seeds 0 to 3, so claims
-run on seeds 10 to 14.
+knows, and held-out problems are answered at the same temperature. Sampling takes about half a minute, once; the
+answers are then kept and every cell reads them. The rate, the temperature and beta were chosen for DPO on seeds 0 to 3,
+so claims run on seeds 10 to 14.
 """
 
 from __future__ import annotations

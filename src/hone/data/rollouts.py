@@ -1,0 +1,202 @@
+"""Data that the model makes while it trains: its own answers of now, with what they are worth."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from hone.data.open import on_policy_error
+from hone.data.sample import Sample
+from hone.data.source import Source, Split
+from hone.options import Nested
+from hone.parts import part
+from hone.rewards.exact import Exact
+
+if TYPE_CHECKING:
+    from hone.data.open import Rendering
+    from hone.data.phases import Phases
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Make = Literal["auto", "groups", "best", "curated", "pairs", "list"]
+FITTING: dict[str, tuple[str, ...]] = {  # what an objective consumes -> what may be made for it, the default first
+    "rollouts": ("groups",),
+    "sequences": ("best", "curated"),
+    "tokens": ("best", "curated"),
+    "pairs": ("pairs", "list"),
+    "judged": ("list", "pairs"),
+}
+
+
+@part(
+    "data",
+    "rollouts",
+    papers=[
+        ("RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment", "arXiv:2304.06767"),
+        ("Self-Consuming Generative Models with Curated Data Provably Optimize Human Preferences", "arXiv:2407.09499"),
+        ("Reinforcement Fine-Tuning Naturally Mitigates Forgetting in Continual Post-Training", "arXiv:2507.05386"),
+    ],
+    claim="Training on the best of the model's own answers, made anew as it learns, raises what they are worth.",
+    deviations="RAFT is make: best, with the best answer to each prompt; the paper's variant that ranks a whole "
+    "batch is left out. Curated self-consumption is make: curated, its mixture with real data is demonstrations. The "
+    "filter of instances on which no rollout earns a reward is drop: unsolved, applied in every phase rather than "
+    "once.",
+)
+@dataclass(kw_only=True)
+class Rollouts(Source):
+    """Sample answers from the model that trains, score them, and train on them, phase by phase.
+
+    A phase takes `prompts` prompts of `of`, samples `samples_each` answers to each from the model as it is, and scores
+    them with `rewards`. A prompt with its answers is one tree, so that the prompt is computed once. What is made of a
+    group: "groups" (all answers with their log-probabilities and rewards, for policy objectives), "best" (the best
+    answer, for
+    sft: RAFT), "curated" (one answer, drawn with probability proportional to exp(reward / curation)), "pairs" (the best
+    against the worst, for dpo), "list" (all, scored). One phase gives `updates` optimizer steps a pass, and is passed
+    over `passes` times. A recipe's `batch_tokens` bounds a forward pass here, not a step.
+
+    Args:
+        of: the source whose prompts are answered, which also knows which answers are right.
+        rewards: what an answer is worth; several are added up. None takes `exact`.
+        make: what is made of a group of answers; "auto" takes what fits the objective.
+        prompts: prompts in a phase.
+        samples_each: answers to each prompt.
+        temperature: of the sampling; policy objectives measure log-probabilities at the same one.
+        max_new_tokens: longest answer in tokens.
+        updates: optimizer steps that a phase's groups are divided into.
+        passes: how often a phase is passed over.
+        replay: earlier groups that are trained on again beside each phase's own, as many as this share of it.
+        buffer: how many earlier groups are kept for that.
+        drop: groups that are left out: "even" ones, whose answers are all worth the same, "unsolved" ones, no answer of
+            which is worth `solved`, or "none".
+        refill: how often more prompts are asked to make up for groups that were left out.
+        solved: an answer passes when it is worth at least this.
+        least: prompts whose latest rate of passing is below are not asked again.
+        most: prompts whose latest rate of passing is above are not asked again.
+        unfinished: what becomes of answers that ran out of tokens: "train" on them, or "mask" them out of the loss.
+        demonstrations: answers of the source's own that join each group, 0 or 1; they are marked as not the model's.
+        hints: steps of the source's own answer that the model is given: "none", or a number drawn from a binomial
+            distribution whose mean share falls from `hint_from` to 0 over `hint_until` of the run along a cosine.
+        hint_from: share of the steps that is given at first.
+        hint_until: share of the run after which nothing is given any more.
+        curation: of make: curated, the temperature of the choice.
+        on_error: what is done when a reward fails on a sample: "raise", or "skip" its group and count it.
+        patience: seconds that a reward may take for a phase.
+        batch: most samples that are generated at once.
+        holdout: not used; `of` holds out its own.
+    """
+
+    on_policy: ClassVar[bool] = True
+    of: Annotated[Any, Nested("data")]
+    rewards: Annotated[Any, Nested("reward")] = None
+    make: Make = "auto"
+    prompts: Count = 8
+    samples_each: Count = 8
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    max_new_tokens: Count = 64
+    updates: Count = 1
+    passes: Count = 1
+    replay: Annotated[float, Field(ge=0)] = 0.0
+    buffer: Count = 256
+    drop: Literal["none", "even", "unsolved"] = "none"
+    refill: Annotated[int, Field(ge=0)] = 0
+    solved: float = 1.0
+    least: Share = 0.0
+    most: Share = 1.0
+    unfinished: Literal["train", "mask"] = "train"
+    demonstrations: Annotated[int, Field(ge=0, le=1)] = 0
+    hints: Literal["none", "binomial"] = "none"
+    hint_from: Share = 1.0
+    hint_until: Annotated[float, Field(gt=0, le=1)] = 0.5
+    curation: Annotated[float, Field(gt=0)] = 1.0
+    on_error: Literal["raise", "skip"] = "raise"
+    patience: Annotated[float, Field(gt=0)] = 600.0
+    batch: Count = 256
+    _made: str = field(default="", init=False, repr=False)
+
+    def judges(self) -> list[Any]:
+        """Return the rewards as a list."""
+        if self.rewards is None:
+            self.rewards = Exact()
+        return list(self.rewards) if isinstance(self.rewards, list) else [self.rewards]
+
+    def suit(self, consumes: str) -> None:
+        """Settle what is made of a group for an objective.
+
+        Args:
+            consumes: what the objective consumes.
+
+        Raises:
+            DataError: nothing that is made here, or not what `make` says.
+        """
+        super().suit(consumes)
+        fitting = FITTING.get(consumes, ())
+        if not fitting or self.make not in ("auto", *fitting):
+            raise on_policy_error(consumes, self.make, fitting, FITTING)
+        self._made = fitting[0] if self.make == "auto" else self.make
+
+    @property
+    def made(self) -> str:
+        """What is made of a group, once the objective is known."""
+        return self._made
+
+    def samples(self, split: Split) -> Iterator[Sample]:
+        """Yield the samples whose prompts are asked: those of the source.
+
+        Args:
+            split: "train" or "eval".
+        """
+        found: Iterator[Sample] = self.of.samples(split)
+        return itertools.islice(found, self.limit if split == "train" else None)
+
+    def questions(self, split: Split) -> Iterator[Sample]:
+        """Yield the samples that evaluation asks.
+
+        Args:
+            split: "train" or "eval".
+        """
+        found: Iterator[Sample] = self.of.questions(split)
+        return found
+
+    def evaluation_split(self) -> Split:
+        """Return the split of the source to evaluate on."""
+        split: Split = self.of.evaluation_split()
+        return split
+
+    def grade(self, sample: Sample, text: str) -> float | None:
+        """Return the grade by the source.
+
+        Args:
+            sample: a sample of the source.
+            text: the generated answer.
+        """
+        grade: float | None = self.of.grade(sample, text)
+        return grade
+
+    def describe(self) -> str:
+        """Return what is answered, how often, and what for."""
+        return f"{self.samples_each} answers of the model itself to each prompt of {self.of.describe()}"
+
+    def fingerprint(self) -> str:
+        """Return a hash of the source and of every option that changes what is sampled."""
+        options = {
+            f.name: repr(getattr(self, f.name)) for f in fields(self) if f.init and f.name not in ("of", "batch")
+        }
+        return hashlib.sha256(json.dumps([self.of.fingerprint(), options], sort_keys=True).encode()).hexdigest()
+
+    def own_loader(self, rendering: Rendering, seed: int, epochs: float | None) -> Phases:
+        """Return what samples and hands out the steps of a run.
+
+        Args:
+            rendering: gives the renderer.
+            seed: the order of the prompts and the answers are drawn from it.
+            epochs: passes over the prompts; None goes on for ever.
+        """
+        from hone.data.phases import Phases
+
+        return Phases(self, list(self.samples("train")), rendering.renderer, seed, epochs)

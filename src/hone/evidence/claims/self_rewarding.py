@@ -1,0 +1,184 @@
+"""Claims about models that make or label their own preference data, that mean what they say, and that are steered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hone.evidence.claims.base import Check, Side, Trial, claim
+from hone.evidence.claims.preference_tasks import PAIRS, PROBLEMS, sampled
+
+AS_WELL = Check(metric="accuracy", direction="not lower", effect=0.05)
+FEW = {**PROBLEMS, "count": 96}
+ROUND: dict[str, Any] = {"steps": 8, "optimizer": {"name": "adamw", "lr": 2e-4}}
+DRAWN = {"samples_each": 4, "temperature": 1.5, "max_new_tokens": 48}
+
+
+def _labelled(round_: int, rewards: list[str], previous: str | None) -> dict[str, Any]:
+    """Return a round of preference learning on the model's own labels."""
+    data = {
+        "name": "self-rewarded", "of": {**FEW, "seed": round_}, "rewards": rewards, "against": "stage:0", "pairs": 2,
+        "previous": previous, **DRAWN,
+    }  # fmt: skip
+    weighed = {"objective": {**PAIRS["objective"], "name": "cream"}} if previous else {}
+    return {"name": f"round-{round_}", "data": data, **ROUND, **weighed}
+
+
+@claim("data", "self-rewarded", "consistency")
+def self_rewarded_consistency(scratch: Path) -> Trial:
+    """Labels of the model itself, weighed by how consistent two rounds rank, teach more than labels that are trusted.
+
+    Task: the shipped model learns from pairs of its own right and wrong answers to 96 problems, then twice from pairs
+    that it labels itself by its log-ratio to its start; held-out problems are answered at the temperature that made
+    the pairs.
+    """
+    first = {"name": "seed", "data": {**sampled("pairs", pairs=2), "of": FEW}, **ROUND}
+    plain = [first, _labelled(1, ["implicit"], None), _labelled(2, ["implicit"], None)]
+    weighed = [first, _labelled(1, ["implicit"], "stage:0"), _labelled(2, ["implicit"], "stage:1")]
+    return Trial(
+        recipe={**PAIRS, "name": "self-rewarding"}, seeds=5,
+        baseline=Side(label="labels trusted", settings={"stages": plain}),
+        method=Side(label="labels weighed (CREAM)", settings={"stages": weighed}),
+        paper=("CREAM: Consistency Regularized Self-Rewarding Language Models", "arXiv:2410.12735"),
+        checks=(Check(metric="accuracy", direction="higher"),),
+    )  # fmt: skip
+
+
+@claim("data", "self-rewarded", "agreement")
+def self_rewarded_agreement(scratch: Path) -> Trial:
+    """Pairs on which judge and implicit reward agree teach more than all pairs that the judge labels.
+
+    Task: the shipped model learns to judge its own solutions to 96 problems, beside the problems, in 30 steps; then it
+    learns from pairs that it labels itself.
+    """
+    judging = {
+        "name": "judging", "objective": "sft", "steps": 30, "optimizer": {"name": "adamw", "lr": 5e-4},
+        "data": {"name": "verdicts", "of": FEW, "plain": True, **DRAWN}, "eval_samples": 0,
+    }  # fmt: skip
+    alone, agreed = (_labelled(1, rewards, None) for rewards in (["judge"], ["judge", "implicit"]))
+    return Trial(
+        recipe={**PAIRS, "name": "judging"}, seeds=5,
+        baseline=Side(label="judge alone", settings={"stages": [judging, alone]}),
+        method=Side(label="agreed pairs (SCIR)", settings={"stages": [judging, agreed]}),
+        paper=(
+            "Self-Consistency of the Internal Reward Models Improves Self-Rewarding Language Models",
+            "arXiv:2502.08922",
+        ),
+        checks=(Check(metric="accuracy", direction="higher"),),
+    )  # fmt: skip
+
+
+@claim("data", "lacie", "calibrates-tone")
+def lacie_calibrates_tone(scratch: Path) -> Trial:
+    """Pairs that a listener judges make wrong answers less accepted, and right ones no less, than truth alone does.
+
+    Task: the shipped model learns to end its answers with one of four tones, drawn blindly, in 40 steps; then 20 steps
+    of DPO on pairs of its own answers. A wrong answer counts by how likely a listener accepts its tone.
+    """
+    toned = {
+        "name": "tones", "objective": "sft", "data": {"name": "toned", "of": PROBLEMS}, "steps": 40, "eval_samples": 0,
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+    }  # fmt: skip
+    heard = {"name": "lacie", "of": PROBLEMS, "samples_each": 6, "temperature": 1.0, "max_new_tokens": 64}
+
+    def stages(**options: Any) -> list[dict[str, Any]]:
+        return [toned, {"name": "heard", "data": {**heard, **options}, "steps": 20}]
+
+    return Trial(
+        recipe={
+            **PAIRS, "name": "listener", "metrics": ["accuracy", "accepted-wrong", "accepted-right"],
+            "max_new_tokens": 64, "sampler": {"name": "sample"},
+        },
+        baseline=Side(label="right and wrong alone", settings={"stages": stages(listener=False)}),
+        method=Side(label="a listener", settings={"stages": stages()}),
+        paper=(
+            "LACIE: Listener-Aware Finetuning for Confidence Calibration in Large Language Models",
+            "arXiv:2405.21028",
+        ),
+        checks=(
+            Check(metric="accepted-wrong", direction="lower", effect=0.1),
+            Check(metric="accepted-right", direction="not lower", effect=0.1),
+        ),
+    )  # fmt: skip
+
+
+@claim("data", "refined", "selected-refinements")
+def refined_selected(scratch: Path) -> Trial:
+    """The best of several refinements after feedback teach more than refinements as they come.
+
+    Task: the shipped model learns to refine its own answers to 240 problems by feedback in 40 steps, then 25 steps of
+    fine-tuning on refinements of its answers to others; held-out problems are answered at temperature 1.5.
+    """
+    own = {"samples_each": 4, "temperature": 1.5, "max_new_tokens": 48}
+    first = {
+        "name": "refining", "data": {"name": "refined", "of": {**PROBLEMS, "count": 240}, "make": "refine", **own},
+        "steps": 40, "optimizer": {"name": "adamw", "lr": 5e-4}, "eval_samples": 0,
+    }  # fmt: skip
+
+    def stages(select: str) -> list[dict[str, Any]]:
+        of = {**PROBLEMS, "count": 240, "seed": 1}
+        return [first, {"name": "imitating", "data": {"name": "refined", "of": of, "select": select, **own}}]
+
+    return Trial(
+        recipe={**PAIRS, "name": "feedback", "objective": "sft"},
+        baseline=Side(label="first refinement", settings={"stages": stages("first")}),
+        method=Side(label="best refinement", settings={"stages": stages("best")}),
+        paper=("Training Language Models with Language Feedback at Scale", "arXiv:2303.16755"),
+        checks=(Check(metric="accuracy", direction="higher"),),
+    )  # fmt: skip
+
+
+@claim("data", "directed", "steers-length")
+def directed_steers_length(scratch: Path) -> Trial:
+    """A model that learned directions of preference answers in fewer lines where short answers are asked for.
+
+    Task: the shipped model learns worked and bare answers behind directions drawn blindly in 40 steps, then the best
+    of eight sampled answers in the direction of each prompt in 30; the lines of answers to held-out problems.
+    """
+    skills = {"skills": ["add", "subtract", "evaluate"], "difficulty": 1, "count": 160, "holdout": 60}
+    worked = {"name": "chains", **skills}
+    mixed = {"name": "mix", "sources": [worked, {**worked, "steps": False, "seed": 1}]}
+
+    def settings(asked: float) -> dict[str, Any]:
+        directed = {"name": "directed", "degrees": [-60.0, 60.0], "asked": asked, "samples_each": 8}
+        return {"stages": [
+            {"name": "forms", "data": {**directed, "of": mixed, "make": "own"}, "steps": 40, "eval_samples": 0},
+            {"name": "directions", "data": {**directed, "of": worked, "max_new_tokens": 56}, "steps": 30},
+        ]}  # fmt: skip
+
+    return Trial(
+        recipe={
+            **PAIRS, "name": "directions", "objective": "sft", "optimizer": {"name": "adamw", "lr": 5e-4},
+            "sampler": {"name": "sample"}, "metrics": ["accuracy", "lines"], "eval_samples": 60,
+        },
+        baseline=Side(label="asked for long answers", settings=settings(50.0)),
+        method=Side(label="asked for short answers", settings=settings(-50.0)),
+        paper=(
+            "Arithmetic Control of LLMs for Diverse User Preferences: Directional Preference Alignment with "
+            "Multi-Objective Rewards",
+            "arXiv:2402.18571",
+        ),
+        checks=(Check(metric="lines", direction="lower", effect=0.5),),
+    )  # fmt: skip
+
+
+@claim("data", "masked-thinking", "as-well")
+def masked_thinking_as_well(scratch: Path) -> Trial:
+    """Preferences learned without the loss of the thinking give as many right answers.
+
+    Task: the shipped model learns from pairs of its own right and wrong answers in 25 steps of EXO; with the mask, the
+    worked lines are read and the last line alone is trained. The accuracy may be lower by 0.05 at most.
+    """
+    pairs = PAIRS["data"]
+    masked = {"name": "masked-thinking", "of": pairs, "mask": "before", "closes": "answer:", "markers": True}
+    return Trial(
+        recipe={**PAIRS, "name": "thinking", "objective": {"name": "exo", "beta": 1.0}},
+        baseline=Side(label="all tokens", settings={"data": pairs}),
+        method=Side(label="thinking masked", settings={"data": masked}),
+        paper=(
+            "PRefLexOR: Preference-based Recursive Language Modeling for Exploratory Optimization of Reasoning and "
+            "Agentic Thinking",
+            "arXiv:2410.12375",
+        ),
+        checks=(AS_WELL,),
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""On-policy runs from a recipe: they learn, go on exactly from the middle of a phase, and name a reward that fails."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from end_to_end.support import back_to, files, hone, repeatable, rows, train
+from hone import resume
+from hone.errors import HoneError
+from hone.rewards.base import from_function
+
+FULL = {"name": "adamw", "lr": 3e-3}
+CALLS: list[str] = []
+
+
+def vowels(prompt: str, text: str, sample: Any) -> float:
+    """Return the share of vowels in an answer, which a tiny random model can learn to raise."""
+    return sum(letter in "aeiou" for letter in text) / max(1, len(text))
+
+
+def failing(prompt: str, text: str, sample: Any) -> float:
+    """Return a worth for some answers, then fail for good."""
+    CALLS.append(text)
+    if len(CALLS) > 16:
+        raise ValueError("the judge has left")
+    return float(len(CALLS) % 2)
+
+
+def sometimes(prompt: str, text: str, sample: Any) -> float:
+    """Return a worth, which is no number for some prompts."""
+    return math.nan if sample.where.endswith(("2", "3")) else vowels(prompt, text, sample)
+
+
+def crowded(prompt: str, text: str, sample: Any) -> float:
+    """Return 1 for every answer."""
+    return 1.0
+
+
+for function in (vowels, failing, sometimes, crowded):
+    from_function(function.__name__, function)
+
+
+def roll(model: Path, source: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    data = {
+        "name": "rollouts", "of": {"name": "files", "path": str(source), "max_tokens": 64}, "rewards": "vowels",
+        "prompts": 4, "samples_each": 4, "max_new_tokens": 8, **changes.pop("data", {}),
+    }  # fmt: skip
+    given = {
+        "objective": "grpo", "eval_samples": 0, "steps": 8, "adapter": "full", "optimizer": FULL, "eval_every": None,
+        **changes,
+    }  # fmt: skip
+    return train(model, source, out, **{**given, "data": data})
+
+
+def test_the_reward_rises_and_the_sampler_is_the_policy(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
+    roll(tiny_model, qa_file, tmp_path / "run", steps=25, data={"samples_each": 8})
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    rewards = [row["rollout/reward"] for row in found]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.05
+    assert all(row["ratio"] == pytest.approx(1, abs=1e-4) and row["kl"] < 1e-6 for row in found)
+    shown = rows(tmp_path / "run" / "rollouts.jsonl")
+    assert {"prompt", "answer", "reward", "vowels", "where", "phase"} <= shown[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("objective", "data"),
+    [
+        ("grpo", {"updates": 2, "passes": 2, "replay": 0.5}),
+        ({"name": "ppo", "kl": 0.1}, {"updates": 4, "drop": "even", "refill": 1}),
+        ({"name": "sasr", "warmup": 2}, {"demonstrations": 1}),
+        ("sft", {"most": 0.5, "solved": 0.1, "make": "curated"}),
+    ],
+    ids=["replay", "a critic", "turns", "a curriculum"],
+)
+def test_a_run_goes_on_to_the_same_bytes_from_the_middle_of_a_phase(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, objective: Any, data: dict[str, Any]
+) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for out in (whole, again):
+        roll(tiny_model, qa_file, out, objective=objective, data=data, checkpoint_every=3)
+    back_to(again, 6)
+    resume(again)
+    assert files(again / "model") == files(whole / "model")
+    figures = [[_steady(row) for row in rows(out / "metrics.jsonl")] for out in (again, whole)]
+    assert figures[0] == figures[1]
+
+
+def _steady(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in repeatable(row).items() if name != "rollout/seconds"}
+
+
+def test_a_reward_that_fails_is_named_with_its_sample_and_the_run_keeps_its_state(
+    tiny_model: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    CALLS.clear()
+    with pytest.raises(HoneError, match=r"animals\.jsonl:\d+: reward 'failing' raised ValueError: the judge has left"):
+        roll(tiny_model, qa_file, tmp_path / "run", data={"rewards": "failing"})
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 1
+    CALLS.clear()  # the judge is back for one more phase
+    with pytest.raises(HoneError, match="the judge has left"):
+        resume(tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+def test_samples_on_which_a_reward_fails_are_left_out_and_counted(
+    tiny_model: Path, qa_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(HoneError, match=r"animals\.jsonl:\d+: reward 'sometimes' gave nan"):
+        roll(tiny_model, qa_file, tmp_path / "strict", data={"rewards": "sometimes", "prompts": 16})
+    roll(tiny_model, qa_file, tmp_path / "run", steps=2,
+         data={"rewards": "sometimes", "on_error": "skip", "prompts": 16})  # fmt: skip
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert 0 < found[0]["rollout/skipped"] <= found[1]["rollout/skipped"]
+    assert found[0]["rollout/groups"] + found[0]["rollout/skipped"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "classify"}, "rollouts make nothing for an objective that consumes labelled"),
+        ({"objective": "dpo", "data": {"make": "best"}}, "'best' is not what an objective that consumes pairs can use"),
+        ({"objective": {"name": "grpo", "kl": 0.1}, "data": {"temperature": 0.7}}, "set data.temperature=1"),
+        ({"adapter": {"name": "eva", "rank": 2}}, "nothing can look at them before"),
+        ({"objective": "dpo", "data": {"rewards": "crowded"}}, "are all worth the same"),
+        ({"objective": {"name": "sasr", "warmup": 1}}, "data.demonstrations=1"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(HoneError, match=message):
+        roll(tiny_model, qa_file, tmp_path / "run", **changes)
+
+
+def test_an_objective_of_rollouts_says_what_to_write(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(HoneError, match=r"write data: \{name: rollouts, of: YOUR DATA, rewards: \[exact\]\}"):
+        train(tiny_model, qa_file, tmp_path / "run", objective="grpo")
+
+
+def test_answers_improve_on_a_recipe_of_the_command_line(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_model}\ndata:\n  name: rollouts\n  of: {{name: files, path: {qa_file}}}\n"
+        "  rewards: [{name: length, least: 4, most: 6, limit: 12}]\n  prompts: 2\n  samples_each: 4\n"
+        "  max_new_tokens: 12\nobjective: grpo\nadapter: full\nsteps: 2\neval_samples: 2\nmax_new_tokens: 8\n"
+        f"out: {tmp_path / 'run'}\n"
+    )
+    checked = hone("check", recipe)
+    assert checked.status == 0, checked.err
+    assert "start it with: hone run" in checked.out
+    ran = hone("run", recipe)
+    assert ran.status == 0, ran.err
+    assert (tmp_path / "run" / "report.html").is_file()
