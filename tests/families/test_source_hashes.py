@@ -48,6 +48,7 @@ def wrap(layer):
 def count(layer, text):
     return f"{layer} counts {text!r}"
 '''
+HOOK = '\n    def start(self, run):\n        """Do nothing."""\n'  # a method that nobody has filled yet
 BASE = """from hone.adapters.deeper import LIMIT
 
 def helper(model):
@@ -139,6 +140,8 @@ def hashes() -> dict[str, str | None]:
         ("adapters/low.py", "wrap(layer)\n", "wrap(\n                layer\n            )\n\n"),
         ("adapters/low.py", "helper(model) * FACTOR", "helper( model )*FACTOR"),
         ("adapters/low.py", "return math.pi", "return math.e"),
+        ("adapters/low.py", "    rank: int = 4\n", f"    rank: int = 4\n{HOOK}"),
+        ("adapters/low.py", "    rank: int = 4\n", f"    rank: int = 4\n{HOOK}        return run\n"),
         ("adapters/base.py", "def unused(model):\n    return model", "def unused(model):\n    return 0"),
         ("evidence/claims/mine.py", '"""It learns."""', '"""It learns a lot."""'),
         ("evidence/claims/mine.py", "    return 1", "    return 2"),
@@ -158,6 +161,7 @@ def test_what_changes_no_figure_changes_no_hash(edit: Edit, name: str, old: str,
     [
         ("adapters/low.py", "helper(model) * FACTOR", "helper(model) + FACTOR"),
         ("adapters/low.py", "rank: int = 4", "rank: int = 8"),
+        ("adapters/low.py", "    rank: int = 4\n", f"    rank: int = 4\n{HOOK}        return run + 1\n"),
         ("adapters/low.py", "FACTOR = 2", "FACTOR = 3"),
         ("adapters/low.py", "            count(layer", "        count(layer"),  # out of the loop
         ("adapters/low.py", '"a  b"', '"a b"'),

@@ -368,7 +368,7 @@ def test_srft_has_its_four_terms() -> None:
 def test_sasr_draws_its_turns_from_the_gradients() -> None:
     model, objective = make_model(), SASR(warmup=2, gamma=1.0)
     objective._longest = LIMIT
-    assert not objective.samples_now(fake_run(model))
+    assert objective.spares_rollouts(fake_run(model))
     shown = objective.appraise(fake_run(model), [group(0, (4,), foreign=1)])
     objective.before_step(fake_run(model), shown)
     batch = pack(shown)
@@ -376,11 +376,11 @@ def test_sasr_draws_its_turns_from_the_gradients() -> None:
     torch.testing.assert_close(loss, -model.logprobs(batch)[5:].mean(), **EXACT)
     for norm in (2.0, 4.0):
         objective.after_step(fake_run(model), {"grad_norm": norm})
-    turns = [objective.samples_now(fake_run(model, step)) for step in range(2000)]
-    assert np.mean(turns) == pytest.approx(1 - 4 / (4 + 3), abs=0.03)
+    turns = [objective.spares_rollouts(fake_run(model, step)) for step in range(2000)]
+    assert np.mean(turns) == pytest.approx(4 / (4 + 3), abs=0.03)
     again = SASR(warmup=2)
     again.load_state_dict(objective.state_dict())
-    assert [again.samples_now(fake_run(model, step)) for step in range(50)] == turns[:50]
+    assert [again.spares_rollouts(fake_run(model, step)) for step in range(50)] == turns[:50]
     own = objective.appraise(fake_run(model), groups(foreign=1))
     assert [len(tree.tokens) for tree in own] == [3, 3] and all(ADVANTAGE in tree.values for tree in own)
     with pytest.raises(HoneError, match=r"data\.demonstrations=1"):

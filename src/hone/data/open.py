@@ -169,7 +169,7 @@ class Opened:
 
     def describe(self) -> str:
         """Return one sentence for people."""
-        if self.rendering.source.on_policy:
+        if self.rendering.source.is_on_policy():
             return self.rendering.source.describe()
         what = "read as a stream, rendered while training" if self.trees is None else self.trees.counts.describe()
         return f"{self.rendering.source.describe()}: {what}"
@@ -276,9 +276,9 @@ def open_data(
         log.warning("max_tokens is %d, but the model's context is %d tokens, which is used", source.max_tokens, context)
         source.max_tokens = context
     rendering = Rendering(source, renderer, split, consumes, tuple(classes))
-    if consumes == "rollouts" and not source.on_policy:
+    if consumes == "rollouts" and not source.is_on_policy():
         raise not_on_policy(source)
-    if source.on_policy and (split == "train" or consumes not in ("sequences", "tokens")):
+    if source.is_on_policy() and (split == "train" or consumes not in ("sequences", "tokens")):
         if next(source.samples(split), None) is None and split == "train":
             raise _empty(source)
         return Opened(rendering, None)

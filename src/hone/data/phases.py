@@ -270,7 +270,7 @@ class Phases(Steps):
         if not asked:
             return []
         source, renderer = self.source, self.renderer
-        now = run.objective.samples_now(run)
+        now = not run.objective.spares_rollouts(run)
         if not now and not source.demonstrations:
             raise DataError(
                 "this objective learns from the data's own answers in some phases; set data.demonstrations=1, and take "

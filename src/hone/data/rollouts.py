@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -91,7 +91,6 @@ class Rollouts(Source):
         holdout: not used; `of` holds out its own.
     """
 
-    on_policy: ClassVar[bool] = True
     of: Annotated[Any, Nested("data")]
     rewards: Annotated[Any, Nested("reward")] = None
     make: Make = "auto"
@@ -118,6 +117,10 @@ class Rollouts(Source):
     patience: Annotated[float, Field(gt=0)] = 600.0
     batch: Count = 256
     _made: str = field(default="", init=False, repr=False)
+
+    def is_on_policy(self) -> bool:
+        """Return that the model makes the samples while it trains."""
+        return True
 
     def judges(self) -> list[Any]:
         """Return the rewards as a list."""

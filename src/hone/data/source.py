@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,7 +46,6 @@ class Source(ABC):
         cache: keep the rendered tokens on disk, where the next run with the same data finds them.
     """
 
-    on_policy: ClassVar[bool] = False  # whether the model makes the samples while it trains
     format: Literal["auto", "text", "completion", "messages", "alpaca", "qa", "pairs", "list", "tagged", "prompt"] = (
         "auto"
     )
@@ -121,6 +120,10 @@ class Source(ABC):
             seed: of the run.
             epochs: passes over the data; None goes on for ever.
         """
+        return None
+
+    def is_on_policy(self) -> bool | None:
+        """Return whether the model makes the samples while it trains; here not."""
         return None
 
     def overlong_for(self, kind: Kind) -> Overlong:

@@ -183,14 +183,29 @@ def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> 
 
 
 def _uncounted(node: ast.AST) -> Iterator[int]:
-    """Yield the lines of a definition's docstring and record."""
+    """Yield the lines of a definition's docstring and record, and of methods of a class that do nothing.
+
+    Those are hooks: a contract may get another one without any result resting on it.
+    """
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return
+    if isinstance(node, ast.ClassDef):
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and _does_nothing(method):
+                yield from range(method.lineno, (method.end_lineno or method.lineno) + 1)
     dropped: list[ast.expr | ast.stmt] = [decorator for decorator in node.decorator_list if _is_record(decorator)]
     if ast.get_docstring(node) is not None:
         dropped.append(node.body[0])
     for inner in dropped:
         yield from range(inner.lineno, (inner.end_lineno or inner.lineno) + 1)
+
+
+def _does_nothing(method: ast.FunctionDef) -> bool:
+    """Return whether a method has a docstring alone, or hands back None or an argument as it is."""
+    if method.decorator_list or ast.get_docstring(method) is None:
+        return False
+    allowed = {f"return {argument.arg}" for argument in method.args.args} | {"return None"}
+    return [ast.unparse(statement) for statement in method.body[1:] if ast.unparse(statement) not in allowed] == []
 
 
 def _names(node: ast.stmt) -> list[str]:

@@ -79,13 +79,12 @@ class Objective:
             run: the run in progress (`engine/loop.py: Run`).
         """
 
-    def samples_now(self, run: Any) -> bool:
-        """Return whether the coming phase of on-policy data needs answers of the model's own; here always.
+    def spares_rollouts(self, run: Any) -> bool | None:
+        """Return whether the coming phase of on-policy data needs no answers of the model's own; here never.
 
         Args:
             run: the run in progress.
         """
-        return True
 
     def appraise(self, run: Any, trees: list[Tree]) -> list[Tree]:
         """Work out once a phase what its rollouts are credited with, e.g. advantages; here they stay as they are.

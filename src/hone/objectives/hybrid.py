@@ -188,17 +188,17 @@ class SASR(Hybrid):
     _latest: float = field(init=False, default=0.0, repr=False)
     _supervised: bool = field(init=False, default=True, repr=False)
 
-    def samples_now(self, run: Any) -> bool:
-        """Return whether the coming phase is one of the model's own answers.
+    def spares_rollouts(self, run: Any) -> bool:
+        """Return whether the coming phase is a supervised one.
 
         Args:
             run: the run in progress.
         """
         if len(self._first) < self.warmup:
-            return False
+            return True
         base = float(np.mean(self._first))
         chance = self._latest / (self._latest + self.gamma * base)
-        return bool(np.random.default_rng([run.recipe.seed, run.step, 4]).random() >= chance)
+        return bool(np.random.default_rng([run.recipe.seed, run.step, 4]).random() < chance)
 
     def appraise(self, run: Any, trees: list[Tree]) -> list[Tree]:
         """Return groups of the model's own answers with advantages, or demonstrations as they are.
