@@ -187,20 +187,24 @@ class Sampled(ModelMade):
     "steps": the first wrong line of a wrong answer against the right line there, behind the lines before it; "rivals":
     the source's own answer with score 1 against whatever else was sampled, right or wrong, which nothing need grade.
 
+    "hard": the source's own answer to prompts that the model seldom gets right, for a curriculum.
+
     Where no sample is right, the source's own answer is taken (`gold`).
 
     Args:
-        make: what is made of the answers: pairs, chosen, right, list, steps or rivals.
+        make: what is made of the answers: pairs, chosen, right, list, steps, rivals or hard.
         pairs: most pairs to a prompt.
         gold: take the source's own answer where the model gave no right one; otherwise such prompts are left out.
+        solved_at_most: of make: hard, the largest share of right answers that a prompt may have.
     """
 
-    make: Literal["pairs", "chosen", "right", "list", "steps", "rivals"] = "pairs"
+    make: Literal["pairs", "chosen", "right", "list", "steps", "rivals", "hard"] = "pairs"
     pairs: Annotated[int, Field(ge=1)] = 1
     gold: bool = True
+    solved_at_most: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def _choices(self) -> list[Any]:
-        return [self.make, self.pairs, self.gold]
+        return [self.make, self.pairs, self.gold, self.solved_at_most]
 
     def describe(self) -> str:
         """Return what is made of what."""
@@ -215,7 +219,8 @@ class Sampled(ModelMade):
         Raises:
             DataError: the source cannot tell right answers, or no model answers.
         """
-        made = {"steps": self._steps, "rivals": self._rivals}.get(self.make, self._whole)(split)
+        others = {"steps": self._steps, "rivals": self._rivals, "hard": self._hard}
+        made = others.get(self.make, self._whole)(split)
         return itertools.islice(made, self.limit if split == "train" else None)
 
     def _whole(self, split: Split) -> Iterator[Sample]:
@@ -252,6 +257,14 @@ class Sampled(ModelMade):
             others = [text for text in texts if text != own and text.strip()]
             if others:
                 yield replace(sample, kind="list", answers=(own, *others), scores=(1.0,) + (0.0,) * len(others))
+
+    def _hard(self, split: Split) -> Iterator[Sample]:
+        """Yield the source's samples whose share of right answers, of all that were asked for, is small."""
+        asked = list(self.of.samples(split))
+        for sample, texts in zip(asked, self.answers(asked, split), strict=True):
+            right = sum(self.is_right(sample, text) for text in texts)
+            if right <= self.solved_at_most * self.samples_each:
+                yield sample
 
     def _steps(self, split: Split) -> Iterator[Sample]:
         """Yield pairs of single lines: the first wrong one of an answer, and the right one there, asked for again."""

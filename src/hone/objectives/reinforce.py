@@ -55,7 +55,7 @@ class RLOO(Policy):
         ),
         ("MusicRL: Aligning Music Generation to Human Preferences", "arXiv:2402.04229"),
     ],
-    claim="Answers become likelier in proportion to their reward less a baseline; a pull to the start keeps the form.",
+    claim="Answers become likelier by how far their reward exceeds a baseline; a pull to the start keeps their form.",
     deviations="The baseline is the mean over the phase, and advantages have unit variance. Of MusicRL only the "
     "regularised policy gradient on sequence rewards is here.",
 )

@@ -74,7 +74,7 @@ def annotation_budget_cold_start(scratch: Path) -> Trial:
     pairs = {"objective": DPO, "optimizer": SMALL, "epochs": 1}
     stages = [{**FIRST, "steps": None, "epochs": 4}, pairs]
     return Trial(
-        recipe=TUNED, metric="accuracy", seeds=3,
+        recipe=TUNED, metric="accuracy", seeds=5,
         baseline=Side(label="pairs alone", settings={"data": {**data, "share": 0.0}, "stages": [pairs]}),
         method=Side(label="a quarter for demonstrations", settings={"data": {**data, "share": 0.25}, "stages": stages}),
         paper=(
