@@ -65,7 +65,7 @@ def results_folder() -> Path:
 
 
 def is_stale(one: Claim, folder: Path) -> bool:
-    """Return whether a claim has no result for the code as it is.
+    """Return whether a claim has no result for the code as it is; one that failed has none.
 
     Args:
         one: the claim.
@@ -74,7 +74,8 @@ def is_stale(one: Claim, folder: Path) -> bool:
     path = folder / one.file
     if not path.exists():
         return True
-    return json.loads(path.read_text(encoding="utf-8")).get("source") != source.current(one.kind, one.part, one.name)
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return kept.get("verdict") == "failed" or kept.get("source") != source.current(one.kind, one.part, one.name)
 
 
 def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path) -> dict[str, Any]:

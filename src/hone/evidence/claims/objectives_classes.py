@@ -218,6 +218,9 @@ def layered_layerwise_decay(scratch: Path) -> Trial:
 
     Task: the shipped model tells the skill of a worked solution after 80 small steps on 100 labelled texts, each side
     at its best of two learning rates; the share of 200 other texts that are told rightly.
+
+    Finding: 0.72 against 0.73: no difference that three seeds could show. The paper's instability, runs that fail
+    to start, does not occur with a hundred labels here.
     """
     return _few("decay 0.8", decay=0.8)
 
@@ -227,6 +230,9 @@ def layered_frozen_layers(scratch: Path) -> Trial:
     """Freezing the lower third of the layers tells more classes rightly after training on a hundred labels.
 
     Task: as for layerwise-decay; two of six layers and the embeddings are frozen.
+
+    Finding: 0.70 against 0.73, within the interval of no change; with the lower third frozen the larger learning
+    rate is chosen.
     """
     return _few("lower third frozen", decay=1.0, frozen_layers=2)
 
@@ -236,5 +242,7 @@ def layered_new_layers(scratch: Path) -> Trial:
     """Starting the top layer anew tells more classes rightly after training on a hundred labels.
 
     Task: as for layerwise-decay; the last of six layers starts from random weights.
+
+    Finding: 0.74 against 0.73: no difference that three seeds could show.
     """
     return _few("new top layer", decay=1.0, new_layers=1)

@@ -104,6 +104,9 @@ def mft_little_data(scratch: Path) -> Trial:
 
     Task: as for focal: sorting is worked in several lines, and a hundred examples are soon learnt by heart. A fifth of
     the tokens is masked. The held-out loss is lower, too.
+
+    Finding: 0.32 against 0.30 over five seeds, and a held-out loss of 0.19 against 0.18: neither is told apart. The
+    task has 100 samples, where a first trial won; at 300 samples that trial lost.
     """
     objective = {"name": "mft", "rate": 0.2}
     return Trial(

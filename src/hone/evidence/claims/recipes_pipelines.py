@@ -27,6 +27,9 @@ def step_dpo_beats_whole_answers(scratch: Path) -> Trial:
     """Pairs of single steps teach more than pairs of whole answers.
 
     Task: that of the preference claims; both sides see the same samples of the model.
+
+    Finding: 0.49 against 0.46, with an interval of 9 points either way, from pairs of far fewer tokens: as good as
+    whole answers, not shown to be better.
     """
     return Trial(
         recipe=PAIRS, baseline=Side(label="whole answers", settings={"data": PAIRS["data"]}),

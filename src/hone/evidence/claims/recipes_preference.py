@@ -23,6 +23,9 @@ def mrdpo_two_rounds(scratch: Path) -> Trial:
 
     Task: the shipped model learns from pairs of its own right and wrong answers to 96 problems, in one round of 24
     steps or two of 12; answers to held-out problems are sampled at the temperature that made the pairs.
+
+    Finding: 0.49 against 0.46 over three seeds, with an interval of 15 points either way: two rounds are not told
+    from one.
     """
     return Trial(
         recipe=ROUNDS, baseline=Side(label="one round", settings={"steps": 24}), seeds=3,
