@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from end_to_end.support import back_to, files, hone, repeatable, rows, train
+from end_to_end.support import back_to, files, hone, repeatable, rows, train, write_recipe
+from end_to_end.test_processes import launched
 from hone import resume
 from hone.errors import HoneError
 from hone.rewards.base import from_function
@@ -139,6 +140,23 @@ def test_what_does_not_fit_is_said(
 def test_an_objective_of_rollouts_says_what_to_write(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
     with pytest.raises(HoneError, match=r"write data: \{name: rollouts, of: YOUR DATA, rewards: \[exact\]\}"):
         train(tiny_model, qa_file, tmp_path / "run", objective="grpo")
+
+
+def test_two_processes_share_the_sampling_of_a_phase(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
+    data = {
+        "name": "rollouts", "of": {"name": "files", "path": str(qa_file)}, "prompts": 3, "samples_each": 4,
+        "rewards": {"name": "length", "least": 4, "most": 6, "limit": 12}, "max_new_tokens": 8, "updates": 2,
+    }  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", {
+        "model": str(tiny_model), "data": data, "objective": {"name": "ppo", "kl": 0.1}, "adapter": "full", "steps": 4,
+        "eval_samples": 0, "precision": "float64", "device": "cpu", "out": str(tmp_path / "run"),
+    })  # fmt: skip
+    (first, second) = launched(tmp_path / "both", {"run": ["run", str(recipe)]})["run"]
+    assert first.status == second.status == 0, first.err + second.err
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert all(row["rollout/groups"] == 3 for row in found[::2]) and "rollout/groups" not in found[1]
+    assert sum(row["tokens"] for row in found[:2]) > 3 * 4  # both processes' answers are trained on
 
 
 def test_answers_improve_on_a_recipe_of_the_command_line(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
