@@ -65,6 +65,7 @@ def test_the_reward_rises_and_the_sampler_is_the_policy(tiny_model: Path, qa_fil
     assert all(row["ratio"] == pytest.approx(1, abs=1e-4) and row["kl"] < 1e-6 for row in found)
     shown = rows(tmp_path / "run" / "rollouts.jsonl")
     assert {"prompt", "answer", "reward", "vowels", "where", "phase"} <= shown[0].keys()
+    assert "Reward of the model&#39;s own answers" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

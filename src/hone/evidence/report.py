@@ -84,6 +84,7 @@ def _charts(logs: Logs) -> list[dict[str, Any]]:
         charts.append(
             figure("loss", "Loss per trained token", traces, xaxis=axis, yaxis=steep(losses), wide=True, legend=True)
         )
+    charts += _rollouts(rows, axis)
     for name in sorted({key for e in evaluations for key in e} - {"step", "loss"}):
         kept = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
         if not kept:
@@ -101,6 +102,23 @@ def _charts(logs: Logs) -> list[dict[str, Any]]:
             ("speed", "Tokens per second", speeds),
         ):
             charts.append(figure(key, title, [_trace("detail", 0, title, steps, values)], xaxis=axis))
+    return charts
+
+
+def _rollouts(rows: Sequence[dict[str, Any]], axis: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the charts of what the model answered while it trained: rewards, and how long answers were."""
+    charts = []
+    for name, title in (
+        ("reward", "Reward of the model's own answers"), ("passed", "Own answers that pass"),
+        ("length", "Length of own answers in tokens"),
+    ):  # fmt: skip
+        kept = [(row["step"], row[f"rollout/{name}"]) for row in rows if f"rollout/{name}" in row]
+        if kept:
+            steps, values = zip(*kept, strict=True)
+            traces = [
+                _trace("raw", 0, "each phase", steps, values), _trace("curve", 0, "smoothed", steps, smooth(values)),
+            ]  # fmt: skip
+            charts.append(figure(f"rollout-{name}", title, traces, xaxis=axis))
     return charts
 
 
