@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hone import options, parts
+from hone.errors import HoneError
+from hone.samplers.stop import stopping_logits
 from hone.samplers.text import Sample, draw, keep_min_p, keep_top_k, keep_top_p
 from hone.text.generate import History
 
@@ -172,3 +175,30 @@ def test_draw_inverts_the_cumulative_distribution() -> None:
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.5, 0.7499, 0.75, 1 - 2.0**-53], dtype=torch.float64)
     assert draw(probs, uniforms).tolist() == [1, 1, 3, 3, 3, 4, 4]
     assert draw(7 * probs, uniforms).tolist() == [1, 1, 3, 3, 3, 4, 4]  # weights need not be normalised
+
+
+@pytest.mark.parametrize("stop", [0.5, 2.0])
+def test_the_temperature_of_stopping_moves_that_decision_alone(stop: float) -> None:
+    logits, history = some_logits(torch.float64), some_history(made("stop-temperature", {}), list(range(ROWS)))[0]
+    ends = torch.from_numpy(history.stop)
+    plain = logits.softmax(-1)
+    changed = stopping_logits(logits.clone(), ends, stop).softmax(-1)
+    weights = plain.clone()
+    weights[:, ends] = weights[:, ends] ** (1 / stop)
+    torch.testing.assert_close(changed, weights / weights.sum(-1, keepdim=True), rtol=1e-10, atol=1e-12)
+    assert ((changed[:, ends].sum(-1) > plain[:, ends].sum(-1)) == (stop > 1)).all()
+    others = [token for token in range(VOCABULARY) if token not in history.stop]
+    ratio = changed[:, others] / plain[:, others]
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-10, atol=1e-12)
+
+
+def test_a_token_that_ends_thinking_is_left_alone_once_it_was_drawn() -> None:
+    words = SimpleNamespace(get_vocab=lambda: {"</think>": 7}, encode=None)
+    sampler = made("stop-temperature", {"token": "</think>", "stop": 1e9})
+    sampler._id = 7
+    logits = torch.zeros(2, VOCABULARY)
+    logits[:, 5] = 0.1
+    history = History(np.array([[1, 2], [7, 2]], np.int32), np.array([3]), np.arange(2), [], words)
+    assert sampler(logits, torch.zeros(2), history).tolist() == [7, 5]
+    with pytest.raises(HoneError, match="'</thin>' is no single token of the model"):
+        made("stop-temperature", {"token": "</thin>"})(logits, torch.zeros(2), replace(history, tokenizer=None))
