@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 CONSTRAINTS ?= $(wildcard constraints.txt)
 
 # The newest torch comes with gigabytes of CUDA libraries, which a machine without an NVIDIA GPU has no use for.
@@ -21,7 +22,7 @@ demo: $(VENV)/.hone  ## train the shipped base model on a new skill, in a few mi
 	$(BIN)/hone run quickstart
 
 test: lint  ## everything that must hold before a change goes in
-	$(BIN)/python -m pytest --ignore tests/guards
+	$(BIN)/python -m pytest --ignore tests/guards -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.test  ## style, types, formatting and the project's own guards
 	$(BIN)/ruff check src tests bench

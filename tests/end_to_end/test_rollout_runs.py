@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -141,6 +143,47 @@ def test_what_does_not_fit_is_said(
 def test_an_objective_of_rollouts_says_what_to_write(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
     with pytest.raises(HoneError, match=r"write data: \{name: rollouts, of: YOUR DATA, rewards: \[exact\]\}"):
         train(tiny_model, qa_file, tmp_path / "run", objective="grpo")
+
+
+class FakeVLLM:
+    """What hone uses of vLLM, answering each prompt with its own last token and the end."""
+
+    made: ClassVar[list[FakeVLLM]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.loaded = options, []
+        inner = SimpleNamespace(load_weights=lambda pairs: self.loaded.append({name for name, _ in pairs}))
+        runner = SimpleNamespace(model_runner=SimpleNamespace(model=inner))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        self.made.append(self)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget nothing, since nothing is kept."""
+
+    def generate(self, rows: list[dict[str, Any]], *, sampling_params: Any, use_tqdm: bool) -> list[Any]:
+        def answer(last: int) -> Any:
+            ids = [last, sampling_params.stop_token_ids[0]]
+            return SimpleNamespace(token_ids=ids, logprobs=[{token: SimpleNamespace(logprob=-1.5)} for token in ids])
+
+        return [SimpleNamespace(outputs=[answer(row["prompt_token_ids"][-1])] * sampling_params.n) for row in rows]
+
+
+def test_vllm_samples_where_it_is_installed_and_gets_the_weights_of_now(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(HoneError, match="pip install vllm"):
+        roll(tiny_model, qa_file, tmp_path / "none", data={"engine": "vllm"})
+    module = SimpleNamespace(LLM=FakeVLLM, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    with pytest.raises(HoneError, match="needs an adapter that trains them"):
+        roll(tiny_model, qa_file, tmp_path / "lora", adapter={"name": "lora", "rank": 2}, data={"engine": "vllm"})
+    roll(tiny_model, qa_file, tmp_path / "run", steps=2, data={"engine": "vllm"})
+    (engine,) = FakeVLLM.made
+    assert len(engine.loaded) == 2 and "model.embed_tokens.weight" in engine.loaded[0]
+    assert engine.options["model"] == str(tiny_model)
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert found[0]["rollout/length"] == 1 and found[0]["rollout/ended"] == 1 and found[0]["ratio"] != 1
 
 
 def test_two_processes_share_the_sampling_of_a_phase(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:

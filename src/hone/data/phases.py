@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from hone.data.engines import VLLM
 from hone.data.groups import Group, made_of, own_answer, step_ends
 from hone.data.loader import State, Steps
 from hone.data.sample import Sample
@@ -88,6 +89,7 @@ class Phases(Steps):
         self.queue: list[list[Tree]] = []
         self.kept: list[Tree] = []  # earlier groups, for replay
         self._figures: dict[str, float] = {}
+        self._engine: VLLM | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,6 +112,8 @@ class Phases(Steps):
             run: the run in progress.
         """
         self.run = run
+        if self.source.engine == "vllm":
+            self._engine = VLLM(run)
         for reward in self.source.judges():
             reward.setup(run)
 
@@ -303,6 +307,12 @@ class Phases(Steps):
 
         source = self.source
         drawn = np.random.default_rng([self.seed, self.phase, attempt, run.cluster.rank]).integers(2**62)
+        if self._engine is not None:
+            self._engine.update(run)
+            return self._engine.generate(
+                [prompt.question for prompt in asked], samples=source.samples_each, seed=int(drawn),
+                max_new_tokens=source.max_new_tokens, temperature=source.temperature, stop=self.renderer.stop_ids,
+            )  # fmt: skip
         with gathered(run.model), run.cluster.autocast():
             found: list[list[Generation]] = run.objective.generate(
                 run.model, [prompt.question for prompt in asked], samples=source.samples_each,

@@ -85,6 +85,7 @@ class Rollouts(Source):
         hint_from: share of the steps that is given at first.
         hint_until: share of the run after which nothing is given any more.
         curation: of make: curated, the temperature of the choice.
+        engine: what generates: "hone", or "vllm" where that is installed.
         on_error: what is done when a reward fails on a sample: "raise", or "skip" its group and count it.
         patience: seconds that a reward may take for a phase.
         batch: most samples that are generated at once.
@@ -113,6 +114,7 @@ class Rollouts(Source):
     hint_from: Share = 1.0
     hint_until: Annotated[float, Field(gt=0, le=1)] = 0.5
     curation: Annotated[float, Field(gt=0)] = 1.0
+    engine: Literal["hone", "vllm"] = "hone"
     on_error: Literal["raise", "skip"] = "raise"
     patience: Annotated[float, Field(gt=0)] = 600.0
     batch: Count = 256
