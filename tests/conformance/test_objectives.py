@@ -136,7 +136,7 @@ def steps() -> list[Tree]:
         label = ((right + 1) / 2,) * len(sizes)
         return tree(sizes, range(-1, len(sizes) - 1), seed=sum(sizes), prompt=sizes[0], value=values, label=label)
 
-    return [path(3, 2, 4, right=1.0), path(2, 3, right=-0.6), path(4, 1, 2, 3, right=1.0)]
+    return [path(3, 2, 5, right=1.0), path(2, 3, right=-0.6), path(4, 2, 3, 4, right=1.0)]
 
 
 def rollouts() -> list[Tree]:

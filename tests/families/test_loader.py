@@ -360,7 +360,6 @@ def of_kind(kind: str, count: int = 6) -> list[Sample]:
     [
         ("sequences", ("text", "completion", "messages")),
         ("pairs", ("pair",)),
-        ("prompts", ("prompt", "completion", "messages")),
         ("any", ("text", "completion", "messages", "pair", "prompt")),
     ],
 )
@@ -466,12 +465,12 @@ def test_calibration_gives_the_same_batches_each_time():
 
 def test_prompts_are_read_whole_or_not_at_all():
     listed = [Sample("prompt", "ab", where="a:1"), Sample("prompt", "abcdef", where="a:2")]
-    opened = open_data(Listed(listed=[*listed, *listed], max_tokens=4), Renderer(), consumes="prompts")
+    opened = open_data(Listed(listed=[*listed, *listed], max_tokens=4), Renderer(), consumes="any")
     assert [tree.where for tree in opened.trees] == ["a:1", "a:1"]
     assert opened.trees.counts.dropped == 1
 
 
 def test_another_objective_has_a_cache_of_its_own():
     source = Listed(listed=of_kind("completion"))
-    sequences, prompts = (open_data(source, Renderer(), consumes=c) for c in ("sequences", "prompts"))
+    sequences, prompts = (open_data(source, Renderer(), consumes=c) for c in ("sequences", "any"))
     assert sequences.trees.folder != prompts.trees.folder
