@@ -193,6 +193,9 @@ def ldr_noisy_labels(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort short lists in 60 steps; half of the training problems show the solution of
     another problem; the accuracy of generated answers to other problems.
+
+    Finding: 0.27 against 0.27 over five seeds, with an interval of 12 points either way; at half of the answers
+    wrong, both learn a quarter of the problems. The two losses are not comparable.
     """
     noisy = {"name": "chains", "skills": ["sort"], "difficulty": 1, "noise": 0.5}
     recipe = {**SKILLS, "name": "noisy-sort", "data": noisy, "steps": 60, "eval_samples": 60, "max_new_tokens": 60,

@@ -94,6 +94,9 @@ def noisefit_fewer_mistakes(scratch: Path) -> Trial:
     """Noise in the layers that stand it best, with outputs held near those without, gives fewer wrong answers.
 
     Task: as for focal, in 40 steps of half the size; noisefit makes three forward passes to one of the baseline.
+
+    Finding: 0.20 against 0.22 right answers over five seeds: no difference that they could show, at three forward
+    passes to one of the baseline.
     """
     return _against_sft(LEAST, "noisefit", _NOISEFIT)
 
