@@ -81,6 +81,11 @@ def coconut_thoughts_matter(scratch: Path) -> Trial:
     """What a model says depends on its continuous thoughts: with zeros in their place fewer answers are right.
 
     Task: as for no-steps; both sides train alike, and the baseline answers behind zeros.
+
+    Finding: 0.89 with thoughts and 0.89 with zeros in their place: the trained model names the largest number
+    without using its thoughts. With zeros from the start a first trial reached as much, so the task needs no steps
+    that thoughts could stand for; on a task that does (`evaluate`), thoughts learned nothing in these steps. That
+    they are used is not shown at this scale.
     """
     return Trial(
         recipe=LARGEST, baseline=Side(label="zeros", settings={"objective": {**COCONUT, "ablate": "zero"}}),
