@@ -124,6 +124,9 @@ def scheduled_sampling_own_mistakes(scratch: Path) -> Trial:
 
     Task: as for focal. A fifth of the tokens are those of the model that trains, since the starting model, which would
     generate offline, cannot sort.
+
+    Finding: 0.33 against 0.30 over five seeds, with an interval of 14 points; the held-out loss is lower on four of
+    the five seeds (0.17 against 0.18 in the mean). The direction is the paper's, the size is not shown.
     """
     return _against_sft(LITTLE, "scheduled-sampling", _SELF, generator="current", rate=0.2)
 
@@ -135,6 +138,9 @@ def correction_better_answers(scratch: Path) -> Trial:
     Task: a model that the first 40 steps have taught to sort by half takes 25 more on 192 new problems: as they are, or
     each as it is and behind the model's own answer, so that more than half of the tokens go into corrections.
     Evaluation asks the plain problems.
+
+    Finding: 0.35 against 0.47 over three seeds at equal steps: half of the training is spent on corrections that
+    the evaluation never asks for, and the model is no better without them. The interval includes no change.
     """
     made = {"name": "correction", "of": NEW, "samples_each": 1, "max_new_tokens": 60}
     return Trial(
