@@ -100,6 +100,9 @@ def sequence_match_more_right(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort short lists in 60 steps; wrong tokens come from the same answer, as in the
     paper's arithmetic; an answer is 64 tokens long at most, deletions included.
+
+    Finding: 0.38 against 0.31 over three seeds, with an interval of 21 points either way: one seed of the baseline
+    fails where SequenceMatch does not, which is not enough to tell them apart.
     """
     return Trial(
         recipe=SORTING, baseline=Side(label="likelihood", settings={"objective": "sft"}), metric="accuracy",

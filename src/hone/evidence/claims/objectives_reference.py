@@ -20,6 +20,11 @@ def minor_sft_moves_less(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort in 40 steps; forgetting is the rise of the loss on held-out pages of Python's
     documentation; "nll" is the loss of held-out answers, which may be higher by 0.05 at most.
+
+    Finding: the model forgets more (0.33 against 0.28 nats) and learns the answers less well. Weights that fall as
+    a sample is learnt shrink every gradient, and Adam makes steps of the same size out of smaller gradients, so
+    that what is left of the weighing is its noise. The paper's effect needs a smaller learning rate with it, which
+    the equal rates here do not give.
     """
     return Trial(
         recipe=SORT, baseline=Side(label="fine-tuning", settings={"objective": PER_ANSWER}),
@@ -42,6 +47,9 @@ def poft_noisy_answers(scratch: Path) -> Trial:
     Task: a model of 0.26M parameters learns the easy skills from nothing in 100 steps; three in ten training problems
     show the solution of another problem; the reference is the shipped model, which knows these skills; "nll" is the
     loss of held-out answers, which are all right.
+
+    Finding: 1.59 against 1.57 nats on clean held-out answers in the mean, no difference that five seeds could show.
+    The better model that samples are compared with is the starting model itself here.
     """
     return Trial(
         recipe=NOISY, baseline=Side(label="cross-entropy", settings={"objective": PER_ANSWER}),
@@ -124,6 +132,10 @@ def s3ft_forgets_less(scratch: Path) -> Trial:
     Task: the shipped model, which works problems out line by line, is tuned in 30 steps on problems whose answers are
     given without a line of work; its own answers are taken where they come to the same. Forgetting is the rise of the
     loss on held-out pages of Python's documentation; the accuracy may be lower by 0.05 at most.
+
+    Finding: accuracy is far higher, 0.69 against 0.29, since the model's own right answers are near what it says
+    already; the loss on general text rises by 0.045 against 0.053 nats, an interval that just includes no
+    difference (-0.019 to 0.001).
     """
     own = {"name": "s3ft", "of": TERSE["data"], "max_new_tokens": 48}
     return Trial(
