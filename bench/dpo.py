@@ -10,8 +10,6 @@ and `unshared` (hone on the same pairs with the prompt written out for each answ
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -135,34 +133,21 @@ def _figures(seconds: list[float]) -> dict[str, float]:
     return {"seconds_per_step": step, "pairs_per_second": PAIRS / step, "peak_mib": whole_peak() / 2**20}
 
 
-def main() -> None:
-    """Run one side, or all of them alternating, and print the comparison."""
-    sides = {"trl": trl_side, "hone": hone_side, "unshared": unshared_side}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=list(sides))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps(sides[args.side](args.steps)))
-        return
-    from side_by_side import alternate, machine
+SIDES = {"trl": trl_side, "hone": hone_side, "unshared": unshared_side}
 
-    found = alternate(Path(__file__), list(sides), args.rounds, ["--steps", str(args.steps)])
-    trl, hone, unshared = (found[side] for side in sides)
+
+def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return what the sides' figures come to."""
+    trl, hone, unshared = (found[side] for side in SIDES)
     gain, possible = hone["pairs_per_second"] / unshared["pairs_per_second"], unshared["flops"] / hone["flops"]
-    report = {
-        "machine": machine(), **found,
+    return {
         "speed_ratio": hone["pairs_per_second"] / trl["pairs_per_second"],
         "memory_ratio": hone["peak_mib"] / trl["peak_mib"],
         "sharing_gain": gain, "flop_ratio": possible, "share_of_flop_ratio": gain / possible,
     }  # fmt: skip
-    print(json.dumps(report, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    from side_by_side import compare
+
+    compare(Path(__file__), __doc__, SIDES, 8, ratios)

@@ -10,8 +10,6 @@ answer in training), `generate` (hone's generation alone) and `transformers` (it
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -112,7 +110,7 @@ def hone_run(steps: int) -> Any:
     source.suit = lambda consumes: None  # type: ignore[method-assign]
     source._made = "groups"
     samples = [Sample(kind="prompt", prompt=text, where=f"row:{n}") for n, text in enumerate(texts(steps))]
-    loader = Phases(source, samples, model.renderer, 0, None)
+    loader = Phases(source, samples, model.renderer, 0)
     objective = options.build_part("objective", {"name": "grpo", "kl": KL})
     objective._reference, objective._longest = Copy(copy.deepcopy(model)), ANSWER
     recipe = Recipe.of(data="chains", steps=steps, batch_tokens=PROMPTS * SAMPLES * (PROMPT + ANSWER))
@@ -219,36 +217,25 @@ def _figures(seconds: list[float]) -> dict[str, float]:
             "peak_mib": whole_peak() / 2**20}  # fmt: skip
 
 
-def main() -> None:
-    """Run one side, or all of them alternating, and print the comparison."""
-    sides = {"trl": trl_side, "hone": hone_side, "unshared": unshared_side, "generate": generate_side,
-             "transformers": transformers_side}  # fmt: skip
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=list(sides))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if args.side:
-        print(json.dumps(sides[args.side](args.steps)))
-        return
-    from side_by_side import alternate, machine
+SIDES = {
+    "trl": trl_side, "hone": hone_side, "unshared": unshared_side, "generate": generate_side,
+    "transformers": transformers_side,
+}  # fmt: skip
 
-    found = alternate(Path(__file__), list(sides), args.rounds, ["--steps", str(args.steps)])
-    trl, hone, unshared, own, other = (found[side] for side in sides)
+
+def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return what the sides' figures come to."""
+    trl, hone, unshared, own, other = (found[side] for side in SIDES)
     gain, possible = unshared["training_seconds"] / hone["training_seconds"], unshared["flops"] / hone["flops"]
-    report = {
-        "machine": machine(), **found,
+    return {
         "speed_ratio": trl["seconds_per_step"] / hone["seconds_per_step"],
         "memory_ratio": hone["peak_mib"] / trl["peak_mib"],
         "generation_ratio": other["seconds_per_step"] / own["seconds_per_step"],
         "sharing_gain": gain, "flop_ratio": possible, "share_of_flop_ratio": gain / possible,
     }  # fmt: skip
-    print(json.dumps(report, indent=1))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    from side_by_side import compare
+
+    compare(Path(__file__), __doc__, SIDES, 6, ratios)

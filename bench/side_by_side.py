@@ -5,12 +5,13 @@ Alternating (A B A B ...) keeps the comparison fair when the machine's speed dri
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,39 @@ def alternate(script: Path, sides: Sequence[str], rounds: int, arguments: Sequen
             found[side].append(run_side(script, side, arguments))
             print(f"round {number + 1}: {side}: {found[side][-1]}", file=sys.stderr, flush=True)
     return {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()}
+
+
+def compare(
+    script: Path,
+    doc: str | None,
+    sides: Mapping[str, Callable[[int], dict[str, float]]],
+    steps: int,
+    ratios: Callable[[dict[str, dict[str, float]]], dict[str, float]],
+) -> None:
+    """Run one side as the command line asks, or all of them alternating, and print and keep the comparison.
+
+    Args:
+        script: the benchmark's file, which every side runs again.
+        doc: what it says of itself.
+        sides: by name what runs some steps and returns figures.
+        steps: how many by default.
+        ratios: returns what the figures of all sides come to.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", choices=list(sides))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(sides[args.side](args.steps)))
+        return
+    found = alternate(script, list(sides), args.rounds, ["--steps", str(args.steps)])
+    report = {"machine": machine(), **found, **ratios(found)}
+    print(json.dumps(report, indent=1))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def machine() -> str:

@@ -242,7 +242,7 @@ def test_a_regularised_policy_reaches_its_closed_form(kl_in: Any, estimator: Any
         values = {LOGPROB: picked.detach(), ADVANTAGE: own - own.mean(), REFERENCE: reference[drawn]}
         alone = SimpleNamespace(tokens=torch.ones(count, dtype=torch.float64), token_answers=torch.arange(count))
         nothing = torch.zeros(count, dtype=torch.bool)
-        view = View(None, None, alone, logits, logits, picked, values, nothing, nothing, 1.0)  # type: ignore[arg-type]
+        view = View(None, None, alone, logits, picked, values, nothing, nothing, 1.0)  # type: ignore[arg-type]
         (slope,) = torch.autograd.grad(objective.policy_loss(view)[0] / count, logits)
         logits.data -= (2.0 if step < 300 else 0.3) * slope
     expected = (reference + rewards / beta).softmax(0)

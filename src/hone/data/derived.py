@@ -16,7 +16,9 @@ from hone.data.source import Source, Split
 from hone.errors import DataError
 from hone.options import Nested
 
-SERVED = ("of", "max_tokens", "overlong", "holdout", "shuffle", "workers", "streaming", "cache")  # change no sample
+SERVED = (  # options that change no sample
+    "of", "max_tokens", "overlong", "holdout", "shuffle", "workers", "streaming", "cache", "batch",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -76,11 +78,20 @@ class Derived(Source):
         """Return a hash of the source, the options and the code that changes its samples."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in SERVED}
         made = [type(self).__name__, self.of.fingerprint(), options, self.code()]
-        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(made, sort_keys=True, default=repr).encode()).hexdigest()
 
     def code(self) -> str:
-        """Return a hash of the file that defines the class, so that changing it changes every fingerprint."""
-        return hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
+        """Return a hash of the code that changes samples."""
+        return code_of(type(self))
+
+
+def code_of(kind: type) -> str:
+    """Return a hash of the file that defines a class, so that changing it changes every fingerprint.
+
+    Args:
+        kind: the class.
+    """
+    return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
 
 
 def plain_pair(sample: Sample, needs: str) -> tuple[str, str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hone.rewards.judge import Appraised
 from hone.text.generate import Generation
-from hone.text.pack import CHOSEN, SCORE, Tree
+from hone.text.pack import CHOSEN, SCORE, Tree, some_segments
 
 if TYPE_CHECKING:
     from hone.data.phases import Asked
@@ -203,6 +203,4 @@ def _picked(tree: Tree, group: Group, which: Sequence[int], fields: dict[str, np
     kept = [*range(first), *(first + number for number in which)]
     weights = [np.zeros_like(tree.weights[i]) if i < first else np.ones_like(tree.weights[i]) for i in kept]
     own = {name: tuple(np.nan if i < first else float(row[i - first]) for i in kept) for name, row in fields.items()}
-    return Tree(
-        tuple(tree.tokens[i] for i in kept), tuple(weights), tuple(tree.parents[i] for i in kept), own, tree.where
-    )
+    return replace(some_segments(tree, kept), weights=tuple(weights), fields=own, values={})

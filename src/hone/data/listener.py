@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
@@ -110,8 +108,7 @@ class Lacie(ModelMade):
     listener: bool = True
 
     def _choices(self) -> list[Any]:
-        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        return [sorted(self.tones.items()), self.threshold, self.apart, self.pairs, self.listener, code]
+        return [sorted(self.tones.items()), self.threshold, self.apart, self.pairs, self.listener]
 
     def describe(self) -> str:
         """Return whose answers are heard."""

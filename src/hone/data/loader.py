@@ -41,7 +41,7 @@ class Steps(Iterator[list[Tree]]):
 
     def __init__(self, start: State) -> None:
         """Begin at `start`."""
-        self._position = start
+        self._position = self._before = start
         self._running: Generator[tuple[list[Tree], State], None, None] | None = None
 
     def _steps(self, start: State) -> Generator[tuple[list[Tree], State], None, None]:
@@ -54,6 +54,7 @@ class Steps(Iterator[list[Tree]]):
 
     def __next__(self) -> list[Tree]:
         """Return the trees of the next step."""
+        self._before = self._position
         if self._running is None:
             self._running = self._steps(self._position)
         trees, self._position = next(self._running)
@@ -75,6 +76,10 @@ class Steps(Iterator[list[Tree]]):
         self._check(state)
         self.close()
         self._position = dict(state)
+
+    def rewind(self) -> None:
+        """Take back the latest `next()`, also one that failed: the same step comes again."""
+        self.load_state_dict(self._before)
 
     @property
     def steps_per_epoch(self) -> int | None:

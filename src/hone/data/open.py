@@ -196,7 +196,7 @@ class Opened:
             workers: processes that read ahead; None takes the source's option.
         """
         source = self.rendering.source
-        if (made := source.own_loader(self.rendering, seed, epochs)) is not None:
+        if (made := source.own_loader(self.rendering, seed)) is not None:
             return made
         workers = source.workers if workers is None else workers
         if self.trees is None:

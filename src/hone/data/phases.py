@@ -64,9 +64,7 @@ class Phases(Steps):
 
     trees = None  # there is nothing that could be indexed
 
-    def __init__(
-        self, source: Rollouts, samples: Sequence[Sample], renderer: Renderer, seed: int, epochs: float | None
-    ) -> None:
+    def __init__(self, source: Rollouts, samples: Sequence[Sample], renderer: Renderer, seed: int) -> None:
         """Prepare to sample; `join` gives the run.
 
         Args:
@@ -74,7 +72,6 @@ class Phases(Steps):
             samples: what is asked.
             renderer: makes the prompts.
             seed: the order of the prompts and the answers are drawn from it.
-            epochs: passes over the samples; None goes on for ever.
 
         Raises:
             DataError: there are no samples.
@@ -82,13 +79,14 @@ class Phases(Steps):
         if not samples:
             raise DataError("there is nothing to ask: the data has no samples")
         super().__init__({})
-        self.source, self.samples, self.renderer, self.seed, self.epochs = source, samples, renderer, seed, epochs
+        self.source, self.samples, self.renderer, self.seed = source, samples, renderer, seed
         self.run: Run | None = None
         self.asked = self.phase = self.skipped = 0
         self.rates = np.full(len(samples), np.nan)  # share of the answers to each prompt that passed, when last asked
         self.queue: list[list[Tree]] = []
         self.kept: list[Tree] = []  # earlier groups, for replay
         self._figures: dict[str, float] = {}
+        self._back = self.asked, self.phase, self.skipped, self.rates, self.queue, self.kept
         self._engine: VLLM | None = None
 
     @property
@@ -124,9 +122,16 @@ class Phases(Steps):
 
     def __next__(self) -> list[Tree]:
         """Return the trees of the next step, sampling a phase when none is left."""
+        rates = self.rates if self.queue else self.rates.copy()
+        self._back = self.asked, self.phase, self.skipped, rates, list(self.queue), self.kept
         if not self.queue:
             self.queue = self._sample()
         return self.queue.pop(0)
+
+    def rewind(self) -> None:
+        """Take back the latest `next()`, also one that failed; what it had sampled is sampled again."""
+        self.asked, self.phase, self.skipped, self.rates, self.queue, self.kept = self._back
+        self._figures = {}
 
     def state_dict(self) -> State:
         """Return the position, with the trees of the phase that are still to come."""

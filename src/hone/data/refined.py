@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from hone.data.sample import Sample
@@ -77,7 +75,7 @@ class Refined(ModelMade):
             yield "ask", "expected words with {feedback} in them"
 
     def _choices(self) -> list[Any]:
-        return [self.make, self.select, self.ask, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+        return [self.make, self.select, self.ask]
 
     def describe(self) -> str:
         """Return what is refined."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from hone.data.derived import Derived
 from hone.data.open import on_policy_error
-from hone.data.sample import Sample
-from hone.data.source import Source, Split
 from hone.options import Nested
 from hone.parts import part
 from hone.rewards.exact import Exact
@@ -49,7 +44,7 @@ FITTING: dict[str, tuple[str, ...]] = {  # what an objective consumes -> what ma
     "once.",
 )
 @dataclass(kw_only=True)
-class Rollouts(Source):
+class Rollouts(Derived):
     """Sample answers from the model that trains, score them, and train on them, phase by phase.
 
     A phase takes `prompts` prompts of `of`, samples `samples_each` answers to each from the model as it is, and scores
@@ -89,10 +84,8 @@ class Rollouts(Source):
         on_error: what is done when a reward fails on a sample: "raise", or "skip" its group and count it.
         patience: seconds that a reward may take for a phase.
         batch: most samples that are generated at once.
-        holdout: not used; `of` holds out its own.
     """
 
-    of: Annotated[Any, Nested("data")]
     rewards: Annotated[Any, Nested("reward")] = None
     make: Make = "auto"
     prompts: Count = 8
@@ -150,58 +143,17 @@ class Rollouts(Source):
         """What is made of a group, once the objective is known."""
         return self._made
 
-    def samples(self, split: Split) -> Iterator[Sample]:
-        """Yield the samples whose prompts are asked: those of the source.
-
-        Args:
-            split: "train" or "eval".
-        """
-        found: Iterator[Sample] = self.of.samples(split)
-        return itertools.islice(found, self.limit if split == "train" else None)
-
-    def questions(self, split: Split) -> Iterator[Sample]:
-        """Yield the samples that evaluation asks.
-
-        Args:
-            split: "train" or "eval".
-        """
-        found: Iterator[Sample] = self.of.questions(split)
-        return found
-
-    def evaluation_split(self) -> Split:
-        """Return the split of the source to evaluate on."""
-        split: Split = self.of.evaluation_split()
-        return split
-
-    def grade(self, sample: Sample, text: str) -> float | None:
-        """Return the grade by the source.
-
-        Args:
-            sample: a sample of the source.
-            text: the generated answer.
-        """
-        grade: float | None = self.of.grade(sample, text)
-        return grade
-
     def describe(self) -> str:
         """Return what is answered, how often, and what for."""
         return f"{self.samples_each} answers of the model itself to each prompt of {self.of.describe()}"
 
-    def fingerprint(self) -> str:
-        """Return a hash of the source and of every option that changes what is sampled."""
-        options = {
-            f.name: repr(getattr(self, f.name)) for f in fields(self) if f.init and f.name not in ("of", "batch")
-        }
-        return hashlib.sha256(json.dumps([self.of.fingerprint(), options], sort_keys=True).encode()).hexdigest()
-
-    def own_loader(self, rendering: Rendering, seed: int, epochs: float | None) -> Phases:
+    def own_loader(self, rendering: Rendering, seed: int) -> Phases:
         """Return what samples and hands out the steps of a run.
 
         Args:
             rendering: gives the renderer.
             seed: the order of the prompts and the answers are drawn from it.
-            epochs: passes over the prompts; None goes on for ever.
         """
         from hone.data.phases import Phases
 
-        return Phases(self, list(self.samples("train")), rendering.renderer, seed, epochs)
+        return Phases(self, list(self.samples("train")), rendering.renderer, seed)

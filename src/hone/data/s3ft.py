@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -58,7 +56,7 @@ class S3FT(ModelMade):
             yield "paraphrase", "expected a prompt with {answer} in it, and {prompt} where the question shall stand"
 
     def _choices(self) -> list[Any]:
-        return [self.paraphrase, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+        return [self.paraphrase]
 
     def describe(self) -> str:
         """Return whose answers are replaced."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hone.data.cache import cache_root
+from hone.data.derived import code_of
 from hone.data.formats import CONTINUES
 from hone.data.kept import keep_rows, read_rows
 from hone.data.sample import Sample
@@ -156,7 +157,8 @@ class ModelMade(Source):
 
     def fingerprint(self) -> str:
         """Return a hash of the source, the options, the model where it is known, and the code."""
-        made = [type(self).__name__, self.of.fingerprint(), self.limit, *self._identity(), *self._choices()]
+        own = code_of(type(self))
+        made = [type(self).__name__, own, self.of.fingerprint(), self.limit, *self._identity(), *self._choices()]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
     def _choices(self) -> list[Any]:

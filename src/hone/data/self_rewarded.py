@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -119,8 +117,7 @@ class SelfRewarded(ModelMade):
     pairs: Annotated[int, Field(ge=1)] = 1
 
     def _choices(self) -> list[Any]:
-        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        return [self.rewards, self.against, self.previous, self.consistency, self.measure, self.pairs, code]
+        return [self.rewards, self.against, self.previous, self.consistency, self.measure, self.pairs]
 
     def describe(self) -> str:
         """Return what labels what."""

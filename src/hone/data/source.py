@@ -112,13 +112,12 @@ class Source(ABC):
         """
         return self.samples(split)
 
-    def own_loader(self, rendering: Rendering, seed: int, epochs: float | None) -> Steps | None:
+    def own_loader(self, rendering: Rendering, seed: int) -> Steps | None:
         """Return what hands out the steps of a run, for sources that make samples while it goes on; here None.
 
         Args:
             rendering: of the training split.
             seed: of the run.
-            epochs: passes over the data; None goes on for ever.
         """
         return None
 

@@ -179,9 +179,8 @@ def _rehearse_evaluation(bench: Bench, display: Display) -> float:
 
 def _first(bench: Bench, count: int) -> list[Tree]:
     if bench.data.trees is None:  # a stream
-        begin = bench.run.loader.state_dict()
         trees = next(bench.run.loader)[:count]
-        bench.run.loader.load_state_dict(begin)
+        bench.run.loader.rewind()
         return trees
     return [bench.data.trees[i] for i in range(min(count, len(bench.data.trees)))]
 

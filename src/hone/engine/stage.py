@@ -108,11 +108,11 @@ class Stage:
 
     def _step(self) -> None:
         run, recipe = self.run, self.run.recipe
-        position, began = run.loader.state_dict(), time.perf_counter()
+        began = time.perf_counter()
         try:
             trees = next(run.loader, None)
         except HoneError:  # e.g. a reward that failed: what has been learned is kept, and the run can go on
-            run.loader.load_state_dict(position)
+            run.loader.rewind()
             self._checkpoint()
             raise
         waited = time.perf_counter() - began
@@ -122,7 +122,7 @@ class Stage:
         try:
             row = self.trainer.train_step(trees)
         except NumericError:
-            run.loader.load_state_dict(position)  # the state before the step: the optimizer has not moved
+            run.loader.rewind()  # to the state before the step: the optimizer has not moved
             self._checkpoint()
             raise
         row = {**row, **run.loader.figures(), "seconds": round(row["seconds"] + waited, 4)}

@@ -20,7 +20,7 @@ from hone.errors import DataError
 from hone.objectives.advantages import ADVANTAGE, rewards_of
 from hone.objectives.policy import Normaliser, NotNegative, Policy, View, surrogate
 from hone.parts import part
-from hone.text.pack import Tree
+from hone.text.pack import Tree, some_segments
 
 if TYPE_CHECKING:
     pass
@@ -279,8 +279,4 @@ def _parted(tree: Tree, *, foreign: bool) -> Tree | None:
     kept = [s for s in range(len(tree.tokens)) if s not in answers or (tree.fields[FOREIGN][s] == 1) == foreign]
     if not any(s in answers for s in kept):
         return None
-    return Tree(
-        tuple(tree.tokens[s] for s in kept), tuple(tree.weights[s] for s in kept),
-        tuple(tree.parents[s] for s in kept), {name: tuple(row[s] for s in kept) for name, row in tree.fields.items()},
-        tree.where, {name: tuple(row[s] for s in kept) for name, row in tree.values.items()},
-    )  # fmt: skip
+    return some_segments(tree, kept)

@@ -39,7 +39,6 @@ NotNegative = Annotated[float, Field(ge=0)]
 Normaliser = Literal["tokens", "answers", "length"]
 Estimator = Literal["k1", "k2", "k3"]
 REFERENCE = "reference"  # per-token value: log-probability under the reference model
-CLIPPED = "clip_fraction"
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
@@ -139,9 +138,17 @@ class Policy(Referring):
             run: the run in progress.
             trees: the groups.
         """
-        if self.kl:
-            trees = with_values(run, trees, REFERENCE, self._reference_logprobs)
+        trees = self.with_reference(run, trees)
         return group_advantages(trees, self.advantage, self.combine, self._penalties(trees))
+
+    def with_reference(self, run: Any, trees: list[Tree]) -> list[Tree]:
+        """Return a phase's groups with the reference's log-probabilities, where there is one.
+
+        Args:
+            run: the run in progress.
+            trees: the groups.
+        """
+        return with_values(run, trees, REFERENCE, self._reference_logprobs) if self.kl else trees
 
     def _penalties(self, trees: Sequence[Tree]) -> list[np.ndarray] | None:
         """Return what the divergence takes off each token's reward, per tree (T,); None where it does not."""
@@ -176,8 +183,7 @@ class Policy(Referring):
             model: the language model that trains.
             batch: B groups as a packed forest of T tokens.
         """
-        view = self.look_at(model, batch)
-        return self.policy_loss(view)
+        return self.policy_loss(self.look_at(model, batch))
 
     def look_at(self, model: LanguageModel, batch: Packed) -> View:
         """Return what the model makes of a batch, for losses to be built on.
@@ -188,14 +194,13 @@ class Policy(Referring):
         """
         answers = answers_of(batch)
         predictors, targets, _ = trained(batch)
-        hidden = model.hidden(batch)
-        states = hidden[predictors]
+        states = model.hidden(batch)[predictors]
         logprobs = token_logprobs(states, model.head, targets, temperature=self._temperature)
         chosen = batch.weights.nonzero().squeeze(1)
         values = {name: value[chosen].to(logprobs.dtype) for name, value in batch.values.items()}
         hinted = _hinted(batch, answers)[answers.token_answers]
         foreign = (_field(batch, answers, FOREIGN) == 1)[answers.token_answers]
-        return View(model, batch, answers, hidden, states, logprobs, values, hinted, foreign, self._temperature)
+        return View(model, batch, answers, states, logprobs, values, hinted, foreign, self._temperature)
 
     def policy_loss(self, view: View) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed surrogate with its penalties, and what is reported.
@@ -208,12 +213,12 @@ class Policy(Referring):
         shares = weights if self.normalise == "tokens" else mine / view.lengths
         old = view.values[LOGPROB]
         logratio = torch.where(mine, view.logprobs - old, 0.0)
-        used = self._answer_ratio(logratio, view.answers, mine) if self.ratio == "answer" else logratio
+        used = self._answer_ratio(logratio, view) if self.ratio == "answer" else logratio
         terms, clipped = surrogate(used, view.values[ADVANTAGE], self.clip_low, self.clip_high)
         total = (weights * terms).sum()
         with torch.no_grad():
             metrics = {
-                "ratio": (shares * used.exp()).sum(), CLIPPED: (shares * clipped).sum(),
+                "ratio": (shares * used.exp()).sum(), "clip_fraction": (shares * clipped).sum(),
                 "kl": (shares * kl_estimate(view.logprobs, torch.where(mine, old, view.logprobs), "k3")).sum(),
             }  # fmt: skip
         if self.kl:
@@ -239,13 +244,12 @@ class Policy(Referring):
             return ones
         return ones / (view.lengths if self.normalise == "answers" else self._longest)
 
-    def _answer_ratio(self, logratio: Tensor, answers: Answers, mine: Tensor) -> Tensor:
+    def _answer_ratio(self, logratio: Tensor, view: View) -> Tensor:
         """Return log of the geometric mean of an answer's ratios, the same at each of its tokens.
 
         Its gradient reaches each token through the mean alone, as in GSPO.
         """
-        means = answers.sums(logratio) / answers.tokens
-        return torch.where(mine, means[answers.token_answers], 0.0)
+        return view.answers.sums(logratio)[view.answers.token_answers] / view.lengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +260,7 @@ class View:
         model: the language model.
         batch: the packed forest.
         answers: its answers, what was given of an answer among them.
-        hidden: (T, D) last hidden states.
-        states: (N, D) those that predict the trained tokens.
+        states: (N, D) last hidden states that predict the trained tokens.
         logprobs: (N,) log-probabilities of the trained tokens, at the temperature of sampling.
         values: (N,) per-token numbers by name.
         hinted: (N,) which tokens the model was given.
@@ -268,7 +271,6 @@ class View:
     model: LanguageModel
     batch: Packed
     answers: Answers
-    hidden: Tensor
     states: Tensor
     logprobs: Tensor
     values: dict[str, Tensor]
@@ -314,8 +316,7 @@ def with_values(run: Any, trees: list[Tree], name: str, compute: Any) -> list[Tr
     """
     limit = run.recipe.micro_tokens or run.recipe.batch_tokens
     found: dict[int, Tree] = {}
-    numbers = {id(tree): number for number, tree in enumerate(trees)}
-    for group in filter(None, divide(trees, limit)):
+    for group in divide(trees, limit):
         batch = pack(group).to(run.cluster.device)
         with torch.no_grad(), run.cluster.autocast():
             computed = compute(run.model, batch)
@@ -325,6 +326,6 @@ def with_values(run: Any, trees: list[Tree], name: str, compute: Any) -> list[Tr
         begin = 0
         for tree in group:
             own = tuple(parts[begin : begin + len(tree.tokens)])
-            found[numbers[id(tree)]] = replace(tree, values={**tree.values, name: own})
+            found[id(tree)] = replace(tree, values={**tree.values, name: own})
             begin += len(tree.tokens)
-    return [found[number] for number in range(len(trees))]
+    return [found[id(tree)] for tree in trees]

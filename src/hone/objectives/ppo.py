@@ -113,9 +113,8 @@ class PPO(Policy):
             run: the run in progress.
             trees: the groups.
         """
-        trees = super().appraise(run, trees)
         run.model.eval()
-        trees = with_values(run, trees, VALUE, self._old_values)
+        trees = with_values(run, self.with_reference(run, trees), VALUE, self._old_values)
         penalties = self._penalties(trees)
         made = []
         for number, tree in enumerate(trees):

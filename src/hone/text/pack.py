@@ -225,6 +225,22 @@ def as_prefixes(batch: Packed) -> Packed:
     )  # fmt: skip
 
 
+def some_segments(tree: Tree, kept: Sequence[int]) -> Tree:
+    """Return a tree with some of its segments alone.
+
+    Args:
+        tree: a tree.
+        kept: ascending numbers of the segments; the parent of each is among them.
+    """
+    places = {-1: -1, **{segment: place for place, segment in enumerate(kept)}}
+    return replace(
+        tree, tokens=tuple(tree.tokens[s] for s in kept), weights=tuple(tree.weights[s] for s in kept),
+        parents=tuple(places[tree.parents[s]] for s in kept),
+        fields={name: tuple(row[s] for s in kept) for name, row in tree.fields.items()},
+        values={name: tuple(row[s] for s in kept) for name, row in tree.values.items()},
+    )  # fmt: skip
+
+
 def divide(trees: Sequence[Tree], limit: int, parts: int = 1) -> list[list[Tree]]:
     """Divide the trees of one step into micro-batches of at most `limit` tokens, a multiple of `parts` of them.
 
@@ -234,11 +250,12 @@ def divide(trees: Sequence[Tree], limit: int, parts: int = 1) -> list[list[Tree]
     Args:
         trees: the trees of one optimizer step.
         limit: most tokens in one forward pass; a single longer tree still gets a micro-batch of its own.
-        parts: the count is a multiple of this (the number of processes); some may be empty when trees are few.
+        parts: the count is a multiple of this (the number of processes); of several, some may be empty when trees are
+            few.
     """
     total = sum(len(tree) for tree in trees)
     longest = max((len(tree) for tree in trees), default=0)
-    count = max(1, -(-total // limit))
+    count = max(1, min(-(-total // limit), len(trees)))  # of a tree longer than the limit there is nothing to divide
     while True:
         count = -(-count // parts) * parts
         bins: list[list[Tree]] = [[] for _ in range(count)]
