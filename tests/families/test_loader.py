@@ -21,7 +21,7 @@ from hone.data.sample import Message, Sample
 from hone.data.source import Source
 from hone.errors import DataError, ModelError
 from hone.parts import find
-from hone.text.pack import Tree
+from hone.text.pack import Tree, divide
 
 # a machine with one core has a suggestion to make about two workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -474,3 +474,22 @@ def test_another_objective_has_a_cache_of_its_own():
     source = Listed(listed=of_kind("completion"))
     sequences, prompts = (open_data(source, Renderer(), consumes=c) for c in ("sequences", "any"))
     assert sequences.trees.folder != prompts.trees.folder
+
+
+def test_trees_longer_than_the_limit_leave_no_micro_batch_empty():
+    trees = the_trees([9, 2, 8])
+    assert [[len(tree) for tree in part] for part in divide(trees, 3)] == [[9], [8], [2]]
+    assert [len(part) for part in divide(trees, 3, parts=2)] == [1, 1, 1, 0]  # as many for each of two processes
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_step_that_is_taken_back_comes_again(streaming):
+    opened = open_data(Listed(listed=of_kind("text"), streaming=streaming), Renderer(), consumes="sequences")
+    loader, straight = (opened.loader(8, 0, 2) for _ in range(2))
+    wanted = [[tree.where for tree in step] for step in straight]
+    found = []
+    for _ in wanted:
+        next(loader)
+        loader.rewind()
+        found.append([tree.where for tree in next(loader)])
+    assert found == wanted
