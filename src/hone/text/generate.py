@@ -26,6 +26,7 @@ from hone.samplers.text import greedy, pick
 from hone.text.attention import Plan
 from hone.text.cache import DecodeCache, PromptPlan
 from hone.text.model import LanguageModel
+from hone.text.narrow import narrow_linears
 from hone.text.pack import Packed, Tree, pack, seen_both_ways
 from hone.text.steering import steering_of
 
@@ -145,7 +146,7 @@ def generate(
     found: dict[int, list[Generation]] = {}
     report = partial(_report, on_progress, samples * len(prompts))
     run = decode or _decoder(model, prefix, around)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), narrow_linears(model, *beside), torch.no_grad():
         for wave in _waves(lengths, max(1, batch // samples), equal=not model.packs):
             draws = _Draws(wave, room[wave], samples, sampler, stop, seed, partial(report, samples * len(found)))
             draws.asked, draws.tokenizer, draws.temperature, draws.beside = prompts, model.tokenizer, scored_at, beside
