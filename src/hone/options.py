@@ -10,6 +10,7 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -167,7 +168,9 @@ def _shorthand(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     if kind not in ("data", "model") or parts.find(kind, text):
         return text, {}
     if kind == "model":
-        return "pretrained", {"path": text}
+        folder = Path(text).expanduser()
+        arrays = any((place / "denoiser.json").is_file() for place in (folder, folder / "model"))
+        return "denoiser" if arrays else "pretrained", {"path": text}
     glob = any(mark in text for mark in "*?\\")
     if glob or text.startswith((".", "/", "~")) or "." in text.rsplit("/")[-1] or _exists(text):
         return "files", {"path": text}

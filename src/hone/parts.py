@@ -18,7 +18,7 @@ from hone.errors import HoneError, nearest
 
 KINDS = (
     "model", "data", "adapter", "objective", "penalty", "optimizer", "schedule", "callback", "sampler", "metric",
-    "reward", "merger",
+    "reward", "merger", "network", "solver", "distance",
 )  # fmt: skip
 ROOT = Path(__file__).parent
 T = TypeVar("T", bound=type)

@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field
 
 from hone import options as opt
+from hone.combinations import combinations
 from hone.errors import Problem, RecipeError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -25,7 +26,9 @@ PART_FIELDS = {
     "objective": "objective", "optimizer": "optimizer", "schedule": "schedule", "sampler": "sampler",
 }  # fmt: skip
 DATA_FIELDS = ("data", "eval_data", "general_data")  # those that may be left open
-LIST_FIELDS = {"penalties": "penalty", "callbacks": "callback", "metrics": "metric"}
+LIST_FIELDS = {
+    "penalties": "penalty", "callbacks": "callback", "metrics": "metric", "solvers": "solver", "distances": "distance",
+}  # fmt: skip
 WHOLE_RUN = ("about", "device", "precision", "sharding", "out", "stages")  # what no stage may override
 _STAGE = re.compile(r"stage:(\d+)")  # the model that a stage has made, 0 for the one that the run starts from
 Positive = Annotated[int, Field(gt=0)]
@@ -49,14 +52,17 @@ class Recipe:
         callbacks: what happens beside the steps.
         sampler: how evaluation picks tokens.
         metrics: how evaluation judges generated answers.
+        solvers: how evaluation draws arrays from a denoiser, each in turn.
+        distances: how evaluation compares the drawn arrays with held-out ones.
         steps: optimizer steps; exclusive with `epochs`. 0 trains nothing: the model is evaluated and saved as it is.
         epochs: passes over the data, may be fractional; exclusive with `steps`.
-        batch_tokens: most tokens in one optimizer step, over all micro-batches and processes.
+        batch_tokens: most tokens in one optimizer step, over all micro-batches and processes; an array counts as one.
         micro_tokens: most tokens in one forward pass; None means `batch_tokens`. Never changes a gradient.
         packing: run samples as one packed row; False pads each to the longest. Never changes a gradient.
         clip: largest gradient norm; None switches clipping off.
         eval_every: steps between evaluations; None evaluates before and after only.
-        eval_samples: held-out samples that are answered by generation at each evaluation; 0 for none.
+        eval_samples: held-out samples that are answered by generation at each evaluation, or arrays that are drawn; 0
+            for none.
         max_new_tokens: longest generated answer in tokens.
         checkpoint_every: steps between checkpoints; None saves at the end and on interruption only.
         keep: how many recent checkpoints stay on disk; the best one stays as well.
@@ -87,6 +93,8 @@ class Recipe:
     callbacks: list[Any] = field(default_factory=list)
     sampler: Any = "greedy"
     metrics: list[Any] = field(default_factory=lambda: ["accuracy"])
+    solvers: list[Any] = field(default_factory=lambda: ["heun"])
+    distances: list[Any] = field(default_factory=lambda: ["energy"])
     steps: Annotated[int, Field(ge=0)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_tokens: Positive = 4096
@@ -419,71 +427,7 @@ def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str
             problems += opt.check_nested(LIST_FIELDS[name], value, path, places)
         elif name in LIST_FIELDS:
             problems.append(Problem(path, f"expected a list, got {value!r}", places.find(path)))
-    return problems + _combinations(raw, at, places)
-
-
-def _combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Problem]:
-    """Return the problems that lie between fields rather than in one."""
-
-    def problem(name: str, message: str, hint: str = "") -> Problem:
-        path = f"{at}.{name}".lstrip(".")
-        return Problem(path, message, places.find(path), hint)
-
-    found = []
-    staged = bool(raw.get("stages")) and not at
-    steps, epochs = raw.get("steps"), raw.get("epochs")
-    if steps is not None and epochs is not None:
-        found.append(problem("epochs", "is given together with 'steps'; give one of them"))
-    if steps is None and epochs is None and not staged:
-        found.append(problem("steps", "is required and was not given", "or give 'epochs'"))
-    if raw.get("data") is None and not staged:
-        hint = "a path, a Hub name, or a built-in such as chains"
-        found.append(problem("data", "is required and was not given", hint))
-    whole, micro = raw.get("batch_tokens", 4096), raw.get("micro_tokens")
-    if isinstance(micro, int) and isinstance(whole, int) and micro > whole:
-        found.append(problem("micro_tokens", f"expected at most batch_tokens ({whole}), got {micro}"))
-    found += [problem(f"callbacks.{index}", text) for index, text in _conflicts(raw)]
-    if unknown := _unknown_trackers(raw.get("trackers")):
-        found.append(problem("trackers", *unknown))
-    if _lacks_base(raw):
-        hint = "use adapter: full, or a pretrained model"
-        found.append(problem("adapter", "is saved beside its base, and a fresh model has none", hint))
-    if isinstance(raw.get("data"), dict) and raw["data"].get("streaming") is True and epochs is not None:
-        found.append(problem("epochs", "a stream has no known length", "give 'steps'"))
-    if raw.get("final") == "best" and raw.get("eval_every") is None:
-        found.append(problem("final", "'best' needs evaluations during the run", "set eval_every"))
-    return found
-
-
-def _conflicts(raw: dict[str, Any]) -> list[tuple[int, str]]:
-    """Return what callbacks cannot work with in a recipe, each with the callback's index; wrong callbacks have none."""
-    callbacks = raw.get("callbacks")
-    found = []
-    for index, spec in enumerate(callbacks if isinstance(callbacks, list) else []):
-        if not opt.check_part("callback", spec, "", opt.Places()):
-            found += [(index, text) for text in opt.build_part("callback", spec).conflicts(raw)]
-    return found
-
-
-def _lacks_base(raw: dict[str, Any]) -> bool:
-    """Return whether an adapter would be saved that nothing could load; parts that are wrong do not count."""
-    model, adapter = raw.get("model", "base"), raw.get("adapter", "full")
-    if opt.check_part("model", model, "", opt.Places()) or opt.check_part("adapter", adapter, "", opt.Places()):
-        return False
-    return opt.part_class("model", model).from_nothing and not opt.part_class("adapter", adapter).saves_base
-
-
-def _unknown_trackers(names: Any) -> tuple[str, str] | None:
-    """Return the message and hint for the first name that is no tracker of Accelerate's, or None."""
-    if not isinstance(names, list) or not names:
-        return None
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
-    wrong = next((name for name in names if name not in known), None)
-    if wrong is None:
-        return None
-    return f"there is no tracker called '{wrong}'", nearest(str(wrong), known) or f"known: {', '.join(known)}"
+    return problems + combinations(raw, at, places)
 
 
 def dump(recipe: Recipe) -> str:

@@ -175,7 +175,7 @@ TOYS: dict[str, Callable[[], list[Tree]]] = {
     "rollouts": rollouts,
 }  # fmt: skip
 
-NAMES = [record.name for record in catalogue() if record.kind == "objective"]
+NAMES = [r.name for r in catalogue() if r.kind == "objective" and load("objective", r.name).medium == "text"]
 CASES = [(name, options) for name in NAMES for options in ({}, *VARIANTS.get(name, []))]
 IDS = [name + "".join(f" {key}={value}" for key, value in options.items()) for name, options in CASES]
 every_objective = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)

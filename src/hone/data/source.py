@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,7 @@ class Source(ABC):
         cache: keep the rendered tokens on disk, where the next run with the same data finds them.
     """
 
+    medium: ClassVar[str] = "text"
     format: Literal["auto", "text", "completion", "messages", "alpaca", "qa", "pairs", "list", "tagged", "prompt"] = (
         "auto"
     )

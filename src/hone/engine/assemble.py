@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Bench:
         general_data: text whose loss shows what is forgotten, None when nobody asked.
         metrics: judges of generated answers.
         sampler: picks tokens in evaluation.
+        solvers: draw arrays in evaluation.
+        distances: judges of drawn arrays.
         base: path of the starting model, for saved adapters.
         setup_seconds: seconds that the adapter took to attach, which data-driven ones spend on looking at data.
     """
@@ -48,21 +51,26 @@ class Bench:
     general_data: Opened | None
     metrics: list[Any]
     sampler: Any
+    solvers: list[Any]
+    distances: list[Any]
     base: str
     setup_seconds: float
 
     def evaluate(self, display: Display) -> evaluate.Evaluation:
         """Return the loss on held-out data and the scores of generated answers."""
         run = self.run
-        judges = evaluate.Judges(self.eval_data, self.metrics, self.sampler, self.general_data)
         display.update(run.step, "evaluating on held-out data")
         with sharding.gathered(run.model):
-            found = evaluate.judge(run.model, run.objective, judges, run.recipe, run.cluster)
+            found = judging(self)(run.model, run.objective, run.recipe, run.cluster)
         found.scores = run.cluster.from_main(found.scores)  # every process must find the same step the best
         return found
 
     def save(self, folder: Path) -> None:
-        """Save the trained model where transformers or PEFT can load it."""
+        """Save the trained model: a language model where transformers or PEFT can load it, a denoiser whole."""
+        if self.run.model.medium == "arrays":
+            with staged(folder) as staging:
+                self.run.model.save_merged(staging, self.adapter)
+            return
         nested = (Path(self.base) / CONFIG_FILE).is_file()  # it started from an adapter, which PEFT takes for no base
         base = str((folder / "base").resolve()) if nested else self.base
         with staged(folder) as staging:
@@ -71,6 +79,36 @@ class Bench:
                 LanguageModel.load(self.base, dtype=self.run.cluster.dtype).save(staging / "base")
             self.run.model.save_tokenizer(staging)
             self.run.model.save_extras(staging)
+
+
+def judging(bench: Bench) -> Callable[..., evaluate.Evaluation]:
+    """Return what evaluates a model of the bench's medium: called with (model, objective, recipe, cluster)."""
+    if bench.run.model.medium == "arrays":
+        from hone.diffusion import judge
+
+        arrays: Any = bench.eval_data
+        return partial(judge.judge, judges=judge.ArrayJudges(arrays, bench.solvers, bench.distances))
+    return partial(
+        evaluate.judge, judges=evaluate.Judges(bench.eval_data, bench.metrics, bench.sampler, bench.general_data)
+    )
+
+
+def open_split(source: Any, model: Any, objective: Any, split: Split, **options: Any) -> Any:
+    """Return a split of a source, ready for a model of its medium.
+
+    Args:
+        source: gives the samples.
+        model: what they are for.
+        objective: what they are for.
+        split: "train" or "eval".
+        options: more arguments of `open_data`, where the samples are text.
+    """
+    if model.medium == "arrays":
+        from hone.diffusion.opened import open_arrays
+
+        return open_arrays(source, split)
+    options = {"consumes": objective.consumes, "classes": objective.class_names(), **options}
+    return open_data(source, model.renderer, split=split, **options)
 
 
 def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: bool = False) -> Bench:
@@ -96,10 +134,9 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
 
     def opened(label: str, which: Source, split: Split, consumes: str = objective.consumes) -> Opened:
         display.start(label, None)
-        made = open_data(
-            which, model.renderer, consumes=consumes, classes=objective.class_names(), split=split, context=context,
-            progress=display.update,
-        )  # fmt: skip
+        made: Opened = open_split(
+            which, model, objective, split, consumes=consumes, context=context, progress=display.update
+        )
         display.stop()
         return made
 
@@ -129,8 +166,8 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     base = getattr(start, "path", "")
     local = shipped_base() if base == "base" else Path(base).expanduser()
     base = str(local.resolve()) if base and local.is_dir() else base  # a saved adapter is loaded from any folder
-    metrics, sampler = recipe.build("metrics"), recipe.build("sampler")
-    return Bench(run, adapter, data, eval_data, general_data, metrics, sampler, base, setup_seconds)
+    metrics, sampler, solvers, distances = (recipe.build(n) for n in ("metrics", "sampler", "solvers", "distances"))
+    return Bench(run, adapter, data, eval_data, general_data, metrics, sampler, solvers, distances, base, setup_seconds)
 
 
 def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Source) -> None:
@@ -138,7 +175,8 @@ def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Sourc
     acquaint(sources, lambda: model, start, objective)
     objective.look(sources[0])
     objective.equip(model)
-    model.load_extras(Path(getattr(start, "path", "")))
+    if path := getattr(start, "path", ""):
+        model.load_extras(Path(path))
 
 
 def acquaint(sources: Sequence[Source], load: Callable[[], LanguageModel], start: Any, objective: Any) -> None:
@@ -213,7 +251,7 @@ def look(
     return Calibration(
         batches=opened.calibration(recipe.batch_tokens, recipe.seed, next(model.parameters()).device),
         forward=model.hidden, loss=lambda batch: objective.loss(model, batch)[0], count=objective.count,
-        general=general, head=model.head,
+        general=general, head=getattr(model, "head", None),
     )  # fmt: skip
 
 

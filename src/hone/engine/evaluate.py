@@ -38,6 +38,7 @@ class Evaluation:
         figures: mean per unit of what the objective reports beside its loss on the held-out data.
         scores: mean of each metric over the samples it applies to.
         answers: one row per answered sample, as written to samples.jsonl.
+        drawn: some drawn arrays by what drew them, as kept in `samples/`.
     """
 
     loss: float | None = None
@@ -46,6 +47,7 @@ class Evaluation:
     figures: dict[str, float] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    drawn: dict[str, Tensor] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """Return the numbers alone."""
@@ -88,18 +90,18 @@ class Text:
         return -(batch.weights * model.logprobs(batch)).sum(), {}
 
 
-def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, cluster: Cluster) -> Evaluation:
+def judge(model: LanguageModel, objective: Any, recipe: Recipe, cluster: Cluster, judges: Judges) -> Evaluation:
     """Return the objective's mean loss on held-out data, and the scores of generated answers.
 
     Args:
         model: the language model.
         objective: gives the loss.
-        judges: what to evaluate on and by.
         recipe: says how many samples are answered, and how long answers may be.
         cluster: the processes and the device.
+        judges: what to evaluate on and by.
     """
     limit = recipe.micro_tokens or recipe.batch_tokens
-    sums = {n: _total(model, objective, group, limit, cluster) for n, group in _groups(judges.data.trees).items()}
+    sums = {n: totals(model, objective, group, limit, cluster) for n, group in _groups(judges.data.trees).items()}
     samples = judges.data.first(recipe.eval_samples) if judges.metrics and objective.generates else []
     with cluster.autocast():
         found = answer(
@@ -109,10 +111,9 @@ def judge(model: LanguageModel, objective: Any, judges: Judges, recipe: Recipe, 
     whole = Counter[str]()
     for part in sums.values():
         whole.update(part)
-    means = _means(whole)
-    found.loss = means.pop("loss", None)
-    found.figures = means
-    marked = {f"loss/{n}": _means(part).get("loss") for n, part in sums.items() if n is not None}
+    found.figures = means(whole)
+    found.loss = found.figures.pop("loss", None)
+    marked = {f"loss/{n}": means(part).get("loss") for n, part in sums.items() if n is not None}
     found.by_source = {name: loss for name, loss in marked.items() if loss is not None}
     if judges.general is not None:
         found.general_loss = mean_loss(model, Text(), judges.general.trees, limit, cluster)
@@ -137,24 +138,32 @@ def mean_loss(model: Any, objective: Any, trees: Sequence[Tree] | None, limit: i
         limit: most tokens in one forward pass.
         cluster: the processes and the device.
     """
-    return _means(_total(model, objective, trees, limit, cluster)).get("loss")
+    return means(totals(model, objective, trees, limit, cluster)).get("loss")
 
 
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
+def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Return sums divided by their units; nothing where there are none."""
     units = sums.get(UNITS, 0.0)
     return {name: value / units for name, value in sums.items() if name != UNITS} if units else {}
 
 
 @torch.no_grad()
-def _total(model: Any, objective: Any, trees: Sequence[Tree] | None, limit: int, cluster: Cluster) -> dict[str, float]:
-    """Return the sums of the loss and of what is reported beside it, and the units that they are sums over."""
+def totals(model: Any, objective: Any, trees: Sequence[Any] | None, limit: int, cluster: Cluster) -> dict[str, float]:
+    """Return the sums of the loss and of what is reported beside it, and the units that they are sums over.
+
+    Args:
+        model: put into evaluation mode meanwhile.
+        objective: gives `loss` (a sum) and `count`.
+        trees: held-out samples; None or empty gives nothing.
+        limit: most tokens in one forward pass.
+        cluster: the processes and the device.
+    """
     if trees is None or not len(trees):
         return {}
     was_training = model.training
     model.eval()
     sums: dict[str, float] = {UNITS: 0.0}
-    for share in divide_among([trees[i] for i in range(len(trees))], limit, cluster):
+    for share in divide_among([trees[i] for i in range(len(trees))], limit, cluster, model.collate):
         with cluster.autocast():
             value, metrics = objective.loss(model, share.batch)
         for name, part in {"loss": value, **metrics, UNITS: objective.count(share.batch)}.items():

@@ -217,25 +217,26 @@ class Share:
     """A micro-batch of one process.
 
     Args:
-        batch: the packed trees.
+        batch: the packed trees, or arrays.
         counts: False when it only keeps the process in step with the others, which have trees left; it trains nothing.
     """
 
-    batch: Packed
+    batch: Any
     counts: bool
 
 
-def divide_among(trees: Sequence[Tree], limit: int, cluster: Cluster) -> list[Share]:
+def divide_among(trees: Sequence[Any], limit: int, cluster: Cluster, collate: Callable[..., Any] = pack) -> list[Share]:
     """Return this process's micro-batches of a step: as many as every other process has.
 
     Args:
-        trees: the trees of the whole step, the same on every process.
+        trees: the trees, or arrays, of the whole step, the same on every process.
         limit: most tokens in one forward pass.
         cluster: the processes and the device.
+        collate: makes a batch of some of them.
     """
     mine = divide(trees, limit, cluster.world)[cluster.rank :: cluster.world]
     spare = [min(trees, key=len)]
-    return [Share(pack(share or spare).to(cluster.device), bool(share)) for share in mine]
+    return [Share(collate(share or spare).to(cluster.device), bool(share)) for share in mine]
 
 
 class Trainer:
@@ -265,7 +266,7 @@ class Trainer:
         run.model.train()
         seed_all(run.recipe.seed, run.step + 1, cluster.rank)
         run.objective.before_step(run, trees)
-        shares = divide_among(trees, self.limit, cluster)
+        shares = divide_among(trees, self.limit, cluster, run.model.collate)
         units = cluster.sum(sum(float(run.objective.count(share.batch)) for share in shares if share.counts))
         if units <= 0:
             raise HoneError(f"step {run.step + 1}: nothing in this step is trained on: every token is masked")

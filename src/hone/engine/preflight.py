@@ -96,7 +96,8 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
         HoneError: a launcher started several processes.
     """
     recipe, bench = _assembled(recipe, display)
-    shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)]
+    text = bench.run.model.medium == "text"
+    shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)] if text else []
     for number, pieces in enumerate(shown, 1):
         _print_sample(number, pieces, display)
     return replace(_measure(bench, recipe, display, whole=True), samples=shown)

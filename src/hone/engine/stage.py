@@ -16,6 +16,7 @@ from hone.engine.loop import INTERRUPTED, Run, Trainer
 from hone.engine.progress import Display
 from hone.engine.tracking import Trackers
 from hone.errors import HoneError, NumericError
+from hone.files import write_whole
 
 
 @contextlib.contextmanager
@@ -132,7 +133,8 @@ class Stage:
             self.folder.append("metrics.jsonl", row)
             self.trackers.log(row, run.step)
         speed = row["tokens"] / row["seconds"] if row["seconds"] else 0.0
-        self.display.update(run.step, f"loss {row.get('loss', float('nan')):.3f}  {speed:,.0f} tokens/s")
+        unit = "arrays" if run.model.medium == "arrays" else "tokens"
+        self.display.update(run.step, f"loss {row.get('loss', float('nan')):.3f}  {speed:,.0f} {unit}/s")
         last = run.step == run.total  # evaluated in the end anyway, but here as one of those to choose from
         choosing = recipe.final == "best" or any(callback.chooses for callback in run.callbacks)
         if recipe.eval_every and (choosing if last else run.step % recipe.eval_every == 0):
@@ -154,6 +156,7 @@ class Stage:
             self.folder.append("evaluations.jsonl", row)
             for answer in found.answers:
                 self.folder.append("samples.jsonl", {"step": run.step, **answer})
+            self._keep(found.drawn)
             numbers = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "step")
             self.display.say(f"step {run.step}: held-out {numbers}")
             self.trackers.log({f"eval/{k}": v for k, v in row.items() if k != "step"}, run.step)
@@ -163,6 +166,19 @@ class Stage:
             run.best = (float(value), run.step)
             if run.recipe.final == "best":
                 self._checkpoint()
+
+    def _keep(self, drawn: dict[str, Any]) -> None:
+        """Write drawn arrays of this step as pictures."""
+        if not drawn:
+            return
+        from hone.diffusion.pictures import picture
+
+        held_out: Any = self.bench.eval_data.trees
+        (self.folder.path / "samples").mkdir(exist_ok=True)
+        for name, arrays in drawn.items():
+            write_whole(
+                self.folder.path / "samples" / f"{name}-step-{self.run.step:06d}.png", picture(arrays, held_out.arrays)
+            )
 
     def _checkpoint(self) -> None:
         """Save the state of this step, unless it is saved already; all processes call it together."""

@@ -10,6 +10,7 @@ import torch
 from hone.adapters.base import CONFIG_FILE, reader
 from hone.data.open import open_data
 from hone.data.sample import Message, Sample
+from hone.diffusion.use import evaluate_arrays, is_denoiser, sample_arrays
 from hone.engine import evaluate
 from hone.engine.assemble import acquaint, evaluation_data
 from hone.engine.checkpoint import staged
@@ -27,8 +28,8 @@ from hone.text.heads import as_classifier, classifier_error
 from hone.text.model import EXTRAS_FILE, LanguageModel
 
 EVALUATED = (
-    "data", "eval_data", "eval_samples", "max_new_tokens", "sampler", "metrics", "batch_tokens", "micro_tokens",
-    "device", "precision", "seed",
+    "data", "eval_data", "eval_samples", "max_new_tokens", "sampler", "metrics", "solvers", "distances",
+    "batch_tokens", "micro_tokens", "device", "precision", "seed",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,12 +47,12 @@ def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
 def sample_run(
     path: Path, prompts: list[str], *, samples: int, max_new_tokens: int, temperature: float, seed: int, chat: bool
 ) -> list[dict[str, Any]]:
-    """Answer prompts with a trained model.
+    """Answer prompts with a trained model, or draw arrays with a trained denoiser.
 
     Args:
         path: a run folder or a model folder.
         prompts: texts to answer; empty takes three held-out samples of the run.
-        samples: answers to each prompt.
+        samples: answers to each prompt; of a denoiser, how many arrays, 64 where it is 1.
         max_new_tokens: longest answer in tokens.
         temperature: 0 picks the most probable token.
         seed: seeds the sampler.
@@ -61,6 +62,10 @@ def sample_run(
         HoneError: there is no prompt and no run to take some from.
     """
     folder, recipe = _model_folder(path)
+    if is_denoiser(folder):
+        if prompts:
+            raise HoneError("this run's model draws arrays and takes no --prompt; say how many with --samples")
+        return sample_arrays(path, Path(folder), recipe, 64 if samples == 1 else samples, seed)
     cluster = Cluster()
     model = LanguageModel.load(str(folder), device=cluster.device)
     objective = None if recipe is None else ready_objective(recipe, model, Path(folder))
@@ -128,6 +133,8 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     folder = RunFolder.open(path)
     require_finished(folder)
     recipe = stages_of(Recipe.load(folder.path / "recipe.yaml", overrides), folder)[-1]
+    if is_denoiser(folder.path / "model"):
+        return evaluate_arrays(folder.path / "model", recipe)
     cluster = Cluster(recipe.device, recipe.precision)
     model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
     objective = ready_objective(recipe, model, folder.path / "model")
@@ -142,11 +149,13 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     display.stop()
     objective.setup(Run(recipe, cluster, model, objective, loader=None, total=0))  # it may need a reference model
     judges = evaluate.Judges(opened, recipe.build("metrics"), recipe.build("sampler"))  # of the task alone
-    return evaluate.judge(model, objective, judges, recipe, cluster).row()
+    return evaluate.judge(model, objective, recipe, cluster, judges).row()
 
 
 def _check_exportable(made: Path, to: str, dtype: str) -> None:
     """Refuse what there is not: formats, the adapter of a run without one, the merged model of one that cannot be."""
+    if is_denoiser(made):
+        raise HoneError(f"{made} holds a denoiser, whole and in safetensors already: there is nothing to export")
     if to not in ("hf", "peft"):
         raise HoneError(f"--to: expected hf or peft, got '{to}'")
     if dtype not in ("", *DTYPES) or (dtype and to == "peft"):

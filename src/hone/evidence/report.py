@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def contents(folder: RunFolder) -> dict[str, Any]:
         "tiles": _tiles(result, manifest, logs.rows),
         "figures": _charts(logs),
         "samples": _pairs(logs.answers),
+        "pictures": _pictures(folder),
         "asked": sum(1 for answer in logs.answers if answer["step"] == logs.answers[0]["step"]),
         "data": manifest.get("data", {}),
         "facts": _facts(manifest),
@@ -143,6 +145,24 @@ def _pairs(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     wrong = [p for p in pairs[half:] if not p["after_right"]][: SHOWN_SAMPLES - half]
     rest = [p for p in pairs[half:] if p not in wrong]
     return (pairs[:half] + wrong + rest)[:SHOWN_SAMPLES]
+
+
+def _pictures(folder: RunFolder) -> list[dict[str, str]]:
+    """Return the pictures of drawn arrays, of the first and the last evaluation of the last stage that has some."""
+    for stage in reversed(stages(folder)):
+        found: dict[str, list[Path]] = {}
+        for path in sorted((stage.path / "samples").glob("*-step-*.png")):
+            found.setdefault(path.stem.rpartition("-step-")[0], []).append(path)
+        if found:
+            chosen = [path for paths in found.values() for path in dict.fromkeys((paths[0], paths[-1]))]
+            return [{"title": _drawn_title(path), "data": b64encode(path.read_bytes()).decode()} for path in chosen]
+    return []
+
+
+def _drawn_title(path: Path) -> str:
+    what, _, step = path.stem.rpartition("-step-")
+    solver, _, calls = what.rpartition("-")
+    return f"step {int(step)}: {solver}, {calls} evaluation{'' if calls == '1' else 's'} each"
 
 
 def _facts(manifest: dict[str, Any]) -> dict[str, str]:

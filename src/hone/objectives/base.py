@@ -41,7 +41,9 @@ class Objective:
     as well; `loss` is then what evaluation reports.
     """
 
+    medium: ClassVar[str] = "text"  # or "arrays": what the model makes
     consumes: ClassVar[str] = "sequences"  # or "tokens", "pairs", "rollouts", ...: what the data must be rendered as
+    measured: ClassVar[bool] = True  # whether evaluation of arrays reports the loss on held-out ones
     generates: ClassVar[bool] = True  # whether a model trained so answers prompts; one with a head says a verdict
 
     def look(self, source: Source) -> None:
@@ -153,6 +155,14 @@ class Objective:
         from hone.text.generate import generate
 
         return generate(model, prompts, **options)
+
+    def drawn_by(self, model: Any) -> Any:
+        """Return the denoiser that draws arrays in evaluation, for objectives of arrays; here the model itself.
+
+        Args:
+            model: the denoiser that trains.
+        """
+        return model
 
     def verdicts(self, model: LanguageModel, texts: Sequence[str]) -> list[str]:
         """Return what a model that does not generate says of texts, for those whose `generates` is False.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from hone.text.attention import NAME, Plan
 from hone.text.fallback import Rows, padded_hidden
 from hone.text.loading import build_fresh, read_pretrained
 from hone.text.loading import shipped_base as shipped_base  # part of this module's interface
-from hone.text.pack import Packed
+from hone.text.pack import Packed, Tree, pack
 from hone.text.probe import find_obstacle
 from hone.text.steering import Arranged, Steering, Wrap, steering_of, unsteered
 from hone.text.vocabulary import Head, token_logprobs
@@ -37,6 +37,8 @@ class LanguageModel(nn.Module):
 
     The model of transformers inside, `hf`, works as ever: `hf(input_ids)`, `hf.generate`, `hf.save_pretrained`.
     """
+
+    medium = "text"
 
     def __init__(self, hf: PreTrainedModel, tokenizer: Any, template: str | None = None) -> None:
         """Wrap a model and prove on it that packing is exact; where it is not, fall back to padding and say so.
@@ -103,6 +105,14 @@ class LanguageModel(nn.Module):
             ModelError: the model type or a key is unknown, or a value does not fit.
         """
         return cls(build_fresh(config, tokenizer), tokenizer, template)
+
+    def collate(self, trees: Sequence[Tree]) -> Packed:
+        """Return trees as one packed forest.
+
+        Args:
+            trees: at least one.
+        """
+        return pack(trees)
 
     @property
     def packs(self) -> bool:

@@ -1,0 +1,101 @@
+"""What is wrong between the fields of a recipe rather than in one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hone import options as opt
+from hone import parts
+from hone.errors import Problem, nearest
+
+MEDIA = {"text": "text", "arrays": "arrays (points, images, series)"}
+
+
+def combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Problem]:
+    """Return the problems that lie between fields rather than in one.
+
+    Args:
+        raw: the recipe's fields.
+        at: dotted path of a stage, "" for the recipe itself.
+        places: where each path was written.
+    """
+
+    def problem(name: str, message: str, hint: str = "") -> Problem:
+        path = f"{at}.{name}".lstrip(".")
+        return Problem(path, message, places.find(path), hint)
+
+    found = []
+    staged = bool(raw.get("stages")) and not at
+    steps, epochs = raw.get("steps"), raw.get("epochs")
+    if steps is not None and epochs is not None:
+        found.append(problem("epochs", "is given together with 'steps'; give one of them"))
+    if steps is None and epochs is None and not staged:
+        found.append(problem("steps", "is required and was not given", "or give 'epochs'"))
+    if raw.get("data") is None and not staged:
+        hint = "a path, a Hub name, or a built-in such as chains"
+        found.append(problem("data", "is required and was not given", hint))
+    whole, micro = raw.get("batch_tokens", 4096), raw.get("micro_tokens")
+    if isinstance(micro, int) and isinstance(whole, int) and micro > whole:
+        found.append(problem("micro_tokens", f"expected at most batch_tokens ({whole}), got {micro}"))
+    found += [problem(f"callbacks.{index}", text) for index, text in _conflicts(raw)]
+    if unknown := _unknown_trackers(raw.get("trackers")):
+        found.append(problem("trackers", *unknown))
+    found += [problem(*said) for said in _mixed_media(raw, at)]
+    if _lacks_base(raw):
+        hint = "use adapter: full, or a pretrained model"
+        found.append(problem("adapter", "is saved beside its base, and a fresh model has none", hint))
+    if isinstance(raw.get("data"), dict) and raw["data"].get("streaming") is True and epochs is not None:
+        found.append(problem("epochs", "a stream has no known length", "give 'steps'"))
+    if raw.get("final") == "best" and raw.get("eval_every") is None:
+        found.append(problem("final", "'best' needs evaluations during the run", "set eval_every"))
+    return found
+
+
+def _mixed_media(raw: dict[str, Any], at: str) -> list[tuple[str, str, str]]:
+    """Return (field, message, hint) of every part that is for text where the objective is for arrays, or the reverse.
+
+    Parts that are wrong in themselves are passed over: they have been complained about.
+    """
+    media = {}
+    for name, default in (("objective", "sft"), ("model", "base"), ("data", None)):
+        spec = raw.get(name, default)
+        later = name == "model" and at and spec == "base"  # what an earlier stage will have made
+        if spec is not None and not later and not opt.check_part(name, spec, "", opt.Places()):
+            media[name] = getattr(parts.load(name, opt.split_spec(name, spec)[0]), "medium", "text")
+    wanted = media.pop("objective", None)
+    hint = "for arrays: model: {name: denoiser}, data: points, digits, tones or images"
+    return [
+        (name, f"is for {MEDIA[medium]}, but the objective learns {MEDIA[wanted]}", hint)
+        for name, medium in media.items() if wanted is not None and medium != wanted
+    ]  # fmt: skip
+
+
+def _conflicts(raw: dict[str, Any]) -> list[tuple[int, str]]:
+    """Return what callbacks cannot work with in a recipe, each with the callback's index; wrong callbacks have none."""
+    callbacks = raw.get("callbacks")
+    found = []
+    for index, spec in enumerate(callbacks if isinstance(callbacks, list) else []):
+        if not opt.check_part("callback", spec, "", opt.Places()):
+            found += [(index, text) for text in opt.build_part("callback", spec).conflicts(raw)]
+    return found
+
+
+def _lacks_base(raw: dict[str, Any]) -> bool:
+    """Return whether an adapter would be saved that nothing could load; parts that are wrong do not count."""
+    model, adapter = raw.get("model", "base"), raw.get("adapter", "full")
+    if opt.check_part("model", model, "", opt.Places()) or opt.check_part("adapter", adapter, "", opt.Places()):
+        return False
+    return opt.part_class("model", model).from_nothing and not opt.part_class("adapter", adapter).saves_base
+
+
+def _unknown_trackers(names: Any) -> tuple[str, str] | None:
+    """Return the message and hint for the first name that is no tracker of Accelerate's, or None."""
+    if not isinstance(names, list) or not names:
+        return None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+    wrong = next((name for name in names if name not in known), None)
+    if wrong is None:
+        return None
+    return f"there is no tracker called '{wrong}'", nearest(str(wrong), known) or f"known: {', '.join(known)}"

@@ -1,0 +1,215 @@
+"""The denoiser D(x, sigma): any network behind a parameterisation, with its data's shape, scale and classes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hone.diffusion.items import Batch, Item, collate
+from hone.diffusion.levels import Parameterisation, spread
+from hone.errors import HoneError, ModelError
+from hone.files import write_whole
+
+FILE, WEIGHTS = "denoiser.json", "model.safetensors"
+
+
+class Denoiser(nn.Module):
+    """Guesses the clean array y in x = y + sigma n.
+
+    D(x, sigma) = c_skip x + c_out F(c_in x, c_noise, labels), the coefficients being those of `parameterisation`.
+    """
+
+    medium = "arrays"
+    context = None  # arrays have no length that could be too long
+    packs = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parameterisation: Parameterisation,
+        shape: tuple[int, ...],
+        *,
+        classes: int = 0,
+        sigma_max: float = 80.0,
+        built: dict[str, Any] | None = None,
+    ) -> None:
+        """Hold the network.
+
+        Args:
+            network: F, called with (x, noise (B,), labels (B,) or None, extras (B, k) or None).
+            parameterisation: what F's output means.
+            shape: of one array.
+            classes: of the data, 0 for none.
+            sigma_max: noise level from which samples start.
+            built: specification of the network, which builds it again.
+        """
+        super().__init__()
+        self.hf = network  # what adapters are attached to, as in `LanguageModel`
+        self.parameterisation, self.shape, self.classes = parameterisation, tuple(shape), classes
+        self.sigma_max, self.built = sigma_max, built or {}
+        self.extras = nn.ModuleDict()
+        self.widened = 0
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data."""
+        return self.parameterisation.sigma_data
+
+    @property
+    def sigma_min(self) -> float:
+        """The smallest noise level."""
+        return self.parameterisation.sigma_min
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, extras: Tensor | None = None) -> Tensor:
+        """Return D (B, *shape).
+
+        Args:
+            x: (B, *shape) noisy arrays.
+            sigma: (B,) noise levels, or one number for all.
+            labels: (B,) int64 classes, -1 for none; None for none at all.
+            extras: (B, k) further numbers that `widen` has made room for.
+        """
+        sigma = sigma.expand(len(x)) if sigma.dim() == 0 else sigma
+        found = self.parameterisation.coefficients(sigma)
+        raw = self.hf(spread(found.inside, x) * x, found.noise.to(x.dtype), labels, extras)
+        return spread(found.skip, x) * x + spread(found.out, x) * raw
+
+    def guided(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+        """Return D under classifier-free guidance: D(none) + guidance (D(label) - D(none)), in one pass of 2 B arrays.
+
+        Args:
+            x: (B, *shape) noisy arrays.
+            sigma: (B,) noise levels, or one number.
+            labels: (B,) classes; None leaves D as it is.
+            guidance: 1 leaves D as it is.
+        """
+        if labels is None or guidance == 1.0:
+            return self(x, sigma, labels)
+        sigma = sigma.expand(len(x)) if sigma.dim() == 0 else sigma
+        both = self(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([labels, torch.full_like(labels, -1)]))
+        told, untold = both.chunk(2)
+        return untold + guidance * (told - untold)
+
+    def widen(self, count: int) -> None:
+        """Make room for `count` further numbers beside the noise level, without effect at first.
+
+        Args:
+            count: how many.
+
+        Raises:
+            ModelError: the network takes none.
+        """
+        if not hasattr(self.hf, "widen"):
+            raise ModelError(
+                f"the objective shows its network {count} more numbers, which {type(self.hf).__name__} does not take; "
+                "use one of hone's own networks: mlp, unet or dit"
+            )
+        network: Any = self.hf
+        network.widen(count)
+        self.widened = max(self.widened, count)
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Return items as a batch."""
+        return collate(items)
+
+    def checkpoint_layers(self, enabled: bool) -> None:
+        """Refuse recomputation, which small networks do not need.
+
+        Raises:
+            ModelError: it is asked for.
+        """
+        if enabled:
+            raise ModelError("recompute: a denoiser's layers are not recomputed; switch it off")
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Run the network once at middling noise, for methods that look at the inputs of its layers.
+
+        Args:
+            batch: on the model's device.
+        """
+        sigma = torch.full((len(batch),), self.sigma_data, device=batch.arrays.device)
+        return self(batch.arrays + self.sigma_data * torch.randn_like(batch.arrays), sigma, batch.labels)
+
+    def save(self, folder: Path) -> None:
+        """Write the denoiser, its network's specification beside the weights.
+
+        Args:
+            folder: where; it exists.
+        """
+        kept = self.parameterisation
+        record = {
+            "network": self.built, "shape": list(self.shape), "classes": self.classes, "sigma_max": self.sigma_max,
+            "parameterisation": kept.kind, "sigma_data": kept.sigma_data, "sigma_min": kept.sigma_min,
+            "extras": self.widened,
+        }  # fmt: skip
+        write_whole(folder / FILE, (json.dumps(record, indent=1) + "\n").encode())
+        save_file({name: t.contiguous() for name, t in self.hf.state_dict().items()}, folder / WEIGHTS)
+
+    def save_merged(self, folder: Path, adapter: Any) -> None:
+        """Write the denoiser with what an adapter has learned, as whole weights.
+
+        Args:
+            folder: where; it exists.
+            adapter: attached to the network.
+        """
+        whole = copy.deepcopy(self)
+        adapter.strip(whole.hf)
+        whole.save(folder)
+        whole.save_extras(folder)
+
+    def save_extras(self, folder: Path) -> None:
+        """Write what an objective has put beside the network.
+
+        Args:
+            folder: where; it exists.
+        """
+        if len(self.extras):
+            save_file({k: v.contiguous() for k, v in self.extras.state_dict().items()}, folder / "extras.safetensors")
+
+    def load_extras(self, folder: Path) -> None:
+        """Read what `save_extras` wrote, where a folder has it.
+
+        Args:
+            folder: of a saved denoiser.
+        """
+        path = folder / "extras.safetensors"
+        if len(self.extras) and path.is_file():
+            self.extras.load_state_dict(load_file(path))
+
+    @staticmethod
+    def load(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:
+        """Read a saved denoiser.
+
+        Args:
+            folder: of a run, or its `model` folder.
+            device: where it computes.
+            dtype: of its weights.
+
+        Raises:
+            HoneError: there is none.
+        """
+        from hone import options
+
+        folder = Path(folder)
+        folder = folder / "model" if (folder / "model" / FILE).is_file() else folder
+        if not (folder / FILE).is_file():
+            raise HoneError(f"there is no denoiser in '{folder}': expected a finished run or a folder with {FILE}")
+        record = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        shape = tuple(record["shape"])
+        network = options.build_part("network", record["network"]).build(shape, record["classes"])
+        kept = Parameterisation(record["parameterisation"], record["sigma_data"], record["sigma_min"])
+        made = Denoiser(
+            network, kept, shape, classes=record["classes"], sigma_max=record["sigma_max"], built=record["network"]
+        )
+        if record["extras"]:
+            made.widen(record["extras"])
+        made.to(device=device, dtype=dtype)  # before the weights, which may be wider than a fresh network's
+        network.load_state_dict(load_file(folder / WEIGHTS))
+        return made

@@ -1,0 +1,1 @@
+"""Distances between a set of generated arrays and a set of real ones."""

@@ -1,0 +1,79 @@
+"""Pretraining of denoisers: EDM, flow matching, TrigFlow and the rest, by the parameterisation of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hone.diffusion.levels import spread
+from hone.objectives.arrays import ArrayObjective, Positive, Share, noise_levels
+from hone.parts import part
+
+Levels = Literal["lognormal", "loguniform", "flow", "flow-lognormal", "trig-lognormal"]
+
+
+@part(
+    "objective", "denoise",
+    papers=[
+        ("Elucidating the Design Space of Diffusion-Based Generative Models", "arXiv:2206.00364"),
+        ("Flow Matching for Generative Modeling", "arXiv:2210.02747"),
+        ("Denoising Diffusion Probabilistic Models", "arXiv:2006.11239"),
+    ],
+    claim="A network that learns to take noise of every level off draws samples that are near the data.",
+    deviations="One objective: what the network is asked for, and with that the weight of each noise level, is the "
+    "model's parameterisation.",
+)  # fmt: skip
+@dataclass(kw_only=True)
+class Denoise(ArrayObjective):
+    """Denoising at random noise levels, weighed so that the network's own output is what is regressed.
+
+    |D(y + s n, s) - y|^2 / c_out(s)^2 = |F - F*|^2, the mean over coordinates: EDM's weight with the model's
+    parameterisation edm, the flow-matching loss with flow, the noise-prediction loss with vp-eps.
+
+    Args:
+        levels: distribution of the noise levels (`hone.objectives.arrays.noise_levels`); flow-lognormal is the
+            logit-normal time of rectified flow, and flow its even one.
+        mean: of the log of the level, for the lognormal ones.
+        std: of the same.
+        drop_labels: share of the arrays whose class is left out, for classifier-free guidance.
+    """
+
+    levels: Levels = "lognormal"
+    mean: float = -1.2
+    std: Positive = 1.2
+    drop_labels: Share = 0.1
+
+    def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, summed over the arrays.
+
+        Args:
+            model: the denoiser.
+            batch: B arrays.
+        """
+        sigma = noise_levels(
+            self.uniform(batch, "level"), self.levels, mean=self.mean, std=self.std, sigma_min=model.sigma_min,
+            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
+        ).to(batch.arrays)  # fmt: skip
+        noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch)
+        labels = self.some_labels(model, batch)
+        out = model.parameterisation.coefficients(sigma).out
+        errors = (model(noisy, sigma, labels) - batch.arrays) / spread(out, batch.arrays)
+        return errors.square().flatten(1).mean(1).sum(), {}
+
+    def some_labels(self, model: Any, batch: Any) -> Tensor | None:
+        """Return the classes, a share of them left out in training; None for data without.
+
+        Args:
+            model: the denoiser.
+            batch: B arrays.
+        """
+        if not model.classes:
+            return None
+        labels: Tensor = batch.labels
+        if not model.training or not self.drop_labels:
+            return labels
+        gone = (self.uniform(batch, "drop") < self.drop_labels).to(labels.device)
+        return torch.where(gone, torch.full_like(labels, -1), labels)

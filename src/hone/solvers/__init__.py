@@ -1,0 +1,1 @@
+"""Solvers: from noise to samples of a denoiser."""
