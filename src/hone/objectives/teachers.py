@@ -6,28 +6,76 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hone.diffusion.mixture import Mixture
 from hone.errors import ModelError
 
 if TYPE_CHECKING:
     from hone.diffusion.denoiser import Denoiser
 
 
-def load_teacher(path: str, run: Any, what: str = "objective.teacher") -> Denoiser:
+class Truth(nn.Module):
+    """The distribution that generated data comes from, called like a denoiser: a teacher without error."""
+
+    def __init__(self, mixture: Mixture, student: Denoiser) -> None:
+        """Hold the distribution.
+
+        Args:
+            mixture: the data's.
+            student: gives shape, classes and noise range.
+        """
+        super().__init__()
+        self.mixture = mixture.to(next(student.parameters()))
+        self.shape, self.classes = student.shape, student.classes
+        self.sigma_min, self.sigma_max, self.sigma_data = student.sigma_min, student.sigma_max, student.sigma_data
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return D (B, d).
+
+        Args:
+            x: (B, d) noisy points.
+            sigma: (B,) noise levels, or one number.
+            labels: (B,) classes, -1 for none; None for none at all.
+        """
+        return self.mixture.denoise(x, sigma, labels)
+
+    def guided(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+        """Return D under classifier-free guidance.
+
+        Args:
+            x: (B, d) noisy points.
+            sigma: (B,) noise levels, or one number.
+            labels: (B,) classes, None for none.
+            guidance: 1 leaves D as it is.
+        """
+        told = self(x, sigma, labels)
+        if labels is None or guidance == 1.0:
+            return told
+        untold = self(x, sigma)
+        return untold + guidance * (told - untold)
+
+
+def load_teacher(path: str, run: Any, what: str = "objective.teacher") -> Any:
     """Return a frozen denoiser from an earlier run that can teach the run's model.
 
     Args:
-        path: the earlier run, or its `model` folder.
+        path: the earlier run, or its `model` folder; "truth" is the known distribution of generated points.
         run: the run in progress.
         what: the option that names it, for messages.
 
     Raises:
-        ModelError: it is for other arrays, knows other classes, or was trained for a narrower range of noise.
+        ModelError: it is for other arrays, knows other classes, was trained for a narrower range of noise, or nobody
+            knows the truth.
     """
     from hone.diffusion.denoiser import Denoiser
 
     student: Denoiser = run.model
+    if path == "truth":
+        source = run.recipe.build("data")
+        if (mixture := source.truth()) is None:
+            raise ModelError(f"{what}: nobody knows the true distribution of {source.describe()}; name a run")
+        return Truth(mixture, student)
     parameter = next(student.parameters())
     teacher = Denoiser.load(path, device=parameter.device, dtype=parameter.dtype).eval().requires_grad_(False)
     if teacher.shape != student.shape:
