@@ -82,6 +82,10 @@ def svd_noisy_data(scratch: Path) -> Trial:
     Task: as for consistency, but half of the training problems show the solution of another problem; the held-out loss,
     whose problems are all answered rightly, and "svd", the negative sum of the ten largest singular values of the
     logits over their Frobenius norm.
+
+    Finding: outputs do come to lie nearer few directions (the measure falls by 0.71), but the held-out loss is 0.013
+    higher, from 0.008 lower to 0.039 higher. In 40 steps, in which no problem is seen twice, there may be too little of
+    the noise to follow.
     """
     return Trial(
         recipe={**LORA, "data": NOISY}, baseline=Side(label="LoRA", settings=_only("svd", 0.0)),
