@@ -45,6 +45,7 @@ bench: $(VENV)/.test  ## speed and memory against peers, side by side; what the 
 	$(BIN)/python bench/adapter_memory.py --out docs/evidence/bench-adapter-memory.json
 	$(BIN)/python bench/dpo.py --out docs/evidence/bench-dpo.json
 	$(BIN)/python bench/grpo.py --out docs/evidence/bench-grpo.json
+	$(BIN)/python bench/ct.py --out docs/evidence/bench-ct.json
 	$(BIN)/python bench/quickstart.py --out docs/evidence/quickstart.json
 
 family: $(VENV)/.test  ## compare all adapters on one task, five seeds each; about an hour and a half

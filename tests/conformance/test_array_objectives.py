@@ -20,7 +20,7 @@ from hone.engine.checkpoint import Checkpoints, read_state
 from hone.engine.devices import Cluster
 from hone.engine.loop import Player, Run, Trainer
 from hone.objectives.base import Objective
-from hone.options import hints
+from hone.options import build_part, hints
 from hone.parts import catalogue, load
 from hone.recipe import Recipe
 
@@ -31,10 +31,58 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "denoise": [{"levels": "flow"}, {"levels": "trig-lognormal", "drop_labels": 0.5}],
     "ect": [{"huber": 0.03}],
     "cd": [{"guidance": 2.0}],
+    "scm": [{"teacher": "truth"}, {"adaptive": False}],
+    "slct": [{"transport": False}],
+    "scott": [{"adversarial": 0.5}],
+    "nct": [{"control": "amount"}],
+    "dmd2": [{"student_steps": 3, "guidance": 2.0}, {"gan_weight": 0.0, "teacher": "truth"}],
+    "f-distill": [{"divergence": "forward-kl"}],
+    "uni-instruct": [{"divergence": "jensen-shannon"}, {"divergence": "pearson", "exact": True}],
+    "smt": [{"gan_weight": 0.0}],
+    "nfsd": [{"unwanted": 1}],
+    "nitrofusion": [{"real": "data", "refresh": 0.3}],
+    "ctm": [{"adversarial": 0.1, "distance": "huber"}, {"teacher": "truth", "adaptive": False, "hops": 2}],
+    "progressive": [{"weight": "v", "schedule": "flow"}, {"plan": [4, 2], "teacher": "truth", "guidance": 2.0}],
+    "soundctm": [{"distance": "squared", "least": 0.0}],
+    "lightning": [{"plan": [4, 2, 1], "relax": 0.0}],
+    "sfd": [{"analytic": False, "finer": 2}],
+    "reflow": [{"times": "start"}, {"teacher": "truth"}],
+    "annealed-reflow": [{"anneal": "cosine"}],
+    "flow-guided": [{"lead": "student"}],
+    "alignprop": [{"steps": 3, "truncation": "gaussian", "wanted": 0.5}],
+    "ddpo": [{"steps": 3, "updates": 2, "reward": {"name": "within", "width": 0.5}}],
+    "rlcm": [{"steps": 2, "updates": 2, "least": 2, "guidance": 2.0}],
+    "prdp": [{"steps": 2, "each": 3, "updates": 2, "clip": None}],
+    "rg-lcd": [{"proxy": False, "reward": "brightness"}],
+    "mmd-ddm": [{"kernel": "cubic", "features": "classifier", "encoder_steps": 20}],
+    "ddo": [{"rounds": 3, "drawn": 30}],
+    "repa": [{"encoder": "patches"}],
 }
-NEEDED: dict[str, dict[str, Any]] = {}
+NEEDED: dict[str, dict[str, Any]] = {
+    "prodiff": {"ssim": 0.0}, "reconstruct": {"ssim": 0.0},  # points have no neighbours
+    "hipa": {"highs": 0.0, "edges": 0.0, "pairs": 32},
+    "reflow": {"pairs": 32}, "annealed-reflow": {"pairs": 32}, "flow-guided": {"pairs": 32},
+    "ddo": {"drawn": 60}, "repa": {"encoder_steps": 20},
+}  # fmt: skip
 # The parameterisation that an objective needs its model to have, where it is not "consistency".
-PARAMETERISATION: dict[str, str] = {}
+PARAMETERISATION: dict[str, str] = {
+    "scm": "trigflow",
+    "sana-sprint": "flow",
+    "ctm": "edm",
+    "soundctm": "edm",
+    "progressive": "vp-v",
+    "lightning": "vp-v",
+    "prodiff": "x0",
+    "reconstruct": "x0",
+    "sfd": "edm",
+    "sfd-v": "edm",
+    "reflow": "flow",
+    "annealed-reflow": "flow",
+    "flow-guided": "flow",
+    "hipa": "edm",
+    "repa": "edm",
+    "ddo": "edm",
+}
 BATCH, STEPS = 12, 3
 
 NAMES = [r.name for r in catalogue() if r.kind == "objective" and load("objective", r.name).medium == "arrays"]
@@ -86,7 +134,7 @@ class Case:
 
     def run(self, micro: int | None = None, steps: int = STEPS) -> Run:
         """Return a run at its beginning."""
-        objective: Objective = self.cls(**self.options)
+        objective: Objective = build_part("objective", {"name": self.cls.name, **self.options})
         model, source = make_denoiser(self.kind), data()
         recipe = Recipe.of(
             model="denoiser", data="points", objective="denoise", steps=steps, batch_tokens=BATCH,

@@ -23,7 +23,9 @@ from hone.objectives.base import Objective
 from hone.text.pack import Packed, Tree
 from sharded import one_process, share
 
-NAMES = [record.name for record in parts.catalogue() if record.kind == "callback"]
+# Those that cannot run here, and why.
+EXCEPTED = {"lcsc": "it searches by arrays that a denoiser draws: tests/oracles/test_lcsc.py has the same checks"}
+NAMES = [r.name for r in parts.catalogue() if r.kind == "callback" and r.name not in EXCEPTED]
 TOTAL, EVERY = 12, 2
 LOSSES = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.1, 10: 2.4, 12: 1.0}  # the best is passed at step 4
 

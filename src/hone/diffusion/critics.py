@@ -52,10 +52,7 @@ class Critic(nn.Module):
             sigma: (B,) noise levels.
             labels: (B,) classes, None for none.
         """
-        found = self.body.parameterisation.coefficients(sigma)
-        states = self.body.hf.inner(spread(found.inside, x) * x, found.noise.to(x.dtype), labels)
-        tokens = type(self.body.hf).__name__ == "Transformer"  # (B, places, C)
-        return [state.transpose(1, 2) if tokens else state for state in states]
+        return features_of(self.body, x, sigma, labels)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the logits (B, n) of all heads at all places: high for real arrays.
@@ -67,6 +64,21 @@ class Critic(nn.Module):
         """
         found = self.features(x, sigma, labels)
         return torch.cat([head(states) for head, states in zip(self.heads, found, strict=True)], dim=1)
+
+
+def features_of(denoiser: Any, x: Tensor, sigma: Tensor, labels: Tensor | None) -> list[Tensor]:
+    """Return the features that a denoiser's network has of noisy arrays, channels second: (B, C) or (B, C, ...) each.
+
+    Args:
+        denoiser: its network shows them.
+        x: (B, *shape) at noise level `sigma`.
+        sigma: (B,) noise levels.
+        labels: (B,) classes, None for none.
+    """
+    found = denoiser.parameterisation.coefficients(sigma)
+    states = denoiser.hf.inner(spread(found.inside, x) * x, found.noise.to(x.dtype), labels)
+    tokens = type(denoiser.hf).__name__ == "Transformer"  # (B, places, C)
+    return [state.transpose(1, 2) if tokens else state for state in states]
 
 
 class Head(nn.Module):

@@ -72,7 +72,9 @@ def judge(model: Any, objective: Any, recipe: Recipe, cluster: Cluster, judges: 
     real = judges.data.trees
     for solver in judges.solvers:
         with evaluating(model), cluster.autocast(), same_noise(recipe.seed + 2):
-            made, calls = draw(objective.drawn_by(model), solver, recipe.eval_samples, real.labels, recipe.seed)
+            drawing = objective.drawn_by(model)
+            solver.prepare(drawing, judges.data.source)
+            made, calls = draw(drawing, solver, recipe.eval_samples, real.labels, recipe.seed)
         for distance in judges.distances:
             found.scores[f"{distance.name}@{calls}"] = distance(made, real.arrays)
         found.drawn[f"{getattr(solver, 'name', 'solver')}-{calls}"] = made[:KEPT].cpu()

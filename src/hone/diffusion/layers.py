@@ -17,14 +17,17 @@ from hone.errors import HoneError
 
 
 class Fourier(nn.Module):
-    """Features of a number: sines and cosines of it at frequencies from 1 to 64, (B,) -> (B, size)."""
+    """Features of a number: sines and cosines of it at frequencies from 1 to 8, (B,) -> (B, size).
+
+    Higher ones make the derivative along a trajectory, which continuous-time consistency learns from, mostly noise.
+    """
 
     frequencies: Tensor
 
     def __init__(self, size: int) -> None:
         """Make `size` features, an even number."""
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0, math.log10(64), size // 2), persistent=False)
+        self.register_buffer("frequencies", torch.logspace(0, math.log10(8), size // 2), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the features."""

@@ -72,7 +72,7 @@ class Mixture:
             sigma: (B,) noise levels, or one.
             labels: (B,) classes, -1 for all of them.
         """
-        return self._log_parts(x, torch.as_tensor(sigma).to(x), labels)[0].logsumexp(-1)
+        return self._log_parts(x, torch.as_tensor(sigma, dtype=x.dtype, device=x.device), labels)[0].logsumexp(-1)
 
     def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
         """Return D(x, sigma) (B, d), called like a `Denoiser`.
@@ -82,7 +82,7 @@ class Mixture:
             sigma: (B,) noise levels, or one.
             labels: (B,) classes, -1 for all of them.
         """
-        logs, variance = self._log_parts(x, torch.as_tensor(sigma).to(x), labels)
+        logs, variance = self._log_parts(x, torch.as_tensor(sigma, dtype=x.dtype, device=x.device), labels)
         share = logs.softmax(-1)[..., None]
         kept = (self.scales**2 / variance)[..., None]
         return (share * (self.means + kept * (x[:, None] - self.means))).sum(1)
@@ -95,7 +95,7 @@ class Mixture:
             sigma: (B,) noise levels, or one.
             labels: (B,) classes, -1 for all of them.
         """
-        logs, variance = self._log_parts(x, torch.as_tensor(sigma).to(x), labels)
+        logs, variance = self._log_parts(x, torch.as_tensor(sigma, dtype=x.dtype, device=x.device), labels)
         share = (logs.softmax(-1) / variance)[..., None]
         return (share * (self.means - x[:, None])).sum(1)
 

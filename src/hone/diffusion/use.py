@@ -57,7 +57,7 @@ def sample_arrays(path: Path, folder: Path, recipe: Recipe | None, count: int, s
     objective = None if recipe is None else ready(recipe, model, folder)
     drawing = model if objective is None else objective.drawn_by(model)
     solvers = [build_part("solver", "heun")] if recipe is None else recipe.build("solvers")
-    labels = real = None
+    source = labels = real = None
     if recipe is not None:
         source, split = evaluation_data(recipe)
         held_out = open_arrays(source, split).trees  # type: ignore[arg-type]
@@ -69,6 +69,8 @@ def sample_arrays(path: Path, folder: Path, recipe: Recipe | None, count: int, s
     rows = []
     for solver in solvers:
         with evaluating(model), same_noise(seed):
+            if source is not None:
+                solver.prepare(drawing, source)
             arrays, calls = draw(drawing, solver, count, labels, seed)
         name = f"{getattr(solver, 'name', 'solver')}-{calls}"
         write_whole(target / f"{name}.png", picture(arrays, real))

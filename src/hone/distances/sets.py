@@ -64,9 +64,16 @@ class SlicedWasserstein(Distance):
         ways = torch.randn(generated.shape[1], self.directions, generator=generator, dtype=torch.float64)
         ways = ways / ways.norm(dim=0)
         count = min(len(generated), len(real))
-        quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        left, right = (torch.quantile(rows @ ways, quantiles, dim=0) for rows in (generated, real))
+        left, right = (_quantiles(rows @ ways, count) for rows in (generated, real))
         return math.sqrt(float(((left - right) ** 2).mean()))
+
+
+def _quantiles(rows: Tensor, count: int) -> Tensor:
+    """Return the quantiles (i + 1/2) / `count` of each column, which are its sorted values where there are as many."""
+    ordered = rows.sort(dim=0).values
+    places = ((torch.arange(count, dtype=rows.dtype) + 0.5) * (len(rows) / count) - 0.5).clamp(0, len(rows) - 1)
+    below = places.long()
+    return torch.lerp(ordered[below], ordered[(below + 1).clamp(max=len(rows) - 1)], (places - below)[:, None])
 
 
 @part("distance", "wasserstein", papers="original")

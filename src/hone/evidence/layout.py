@@ -16,6 +16,7 @@ from hone.engine.progress import clock
 
 NONE = "\N{EN DASH}"  # what stands where there is no figure
 _LOWER = ("loss", "forgetting", "seconds", "memory", "trained", "flops", "tokens", "steps")
+_DISTANCES = ("energy", "wasserstein", "mmd", "frechet", "fid")  # between drawn and real arrays, as in energy@2
 SHARE = "accuracy"  # the metric that is shown in percent
 _WORDS = {
     "training_seconds": "training time", "peak_memory": "peak memory", "trained": "trained parameters",
@@ -69,7 +70,8 @@ def heading(metric: str) -> str:
 
 def lower_is_better(metric: str) -> bool:
     """Return whether less of a metric is better."""
-    return metric.endswith(_LOWER)
+    name, at, _ = metric.partition("@")
+    return name.endswith(_DISTANCES) if at else name.endswith(_LOWER)
 
 
 def quantity(metric: str, value: Any) -> str:

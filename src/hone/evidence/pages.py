@@ -281,7 +281,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     config.nav = [
         {"Home": "index.md"},
         {"Guide": [{"Using hone": "guide.md"}, {"Adapters": "adapters.md"}, {"Objectives": "objectives.md"},
-                   {"Learning from rewards": "reinforcement.md"},
+                   {"Learning from rewards": "reinforcement.md"}, {"Few-step generators": "generators.md"},
                    "CONTRIBUTING.md", "CHANGELOG.md"]},
         {"Methods": methods}, {"Papers": "papers.md"}, {"Design": "design.md"},
         {"Evidence": ["evidence/index.md", *sorted(f"evidence/{path.stem}.md" for path in compared)]},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -54,6 +55,21 @@ class ArrayObjective(Objective):
         self._seed, self._count, self._drawn = (run.recipe.seed, run.step + 1), len(items), {}
         self._progress = run.step / max(1, run.total)
 
+    def some_labels(self, model: Any, batch: Batch, dropped: float) -> Tensor | None:
+        """Return the classes (B,), a share of them left out in training; None for data without.
+
+        Args:
+            model: the denoiser.
+            batch: B arrays.
+            dropped: the share.
+        """
+        if not model.classes:
+            return None
+        if not model.training or not dropped:
+            return batch.labels
+        gone = (self.uniform(batch, "drop") < dropped).to(batch.labels.device)
+        return torch.where(gone, torch.full_like(batch.labels, -1), batch.labels)
+
     def normal(self, batch: Batch, stream: str = "noise") -> Tensor:
         """Return normal noise (B, *shape), the same for an array whatever its micro-batch.
 
@@ -73,14 +89,25 @@ class ArrayObjective(Objective):
         """
         return self._draw(batch, stream, shape, torch.rand).to(batch.arrays)
 
+    def once(self, batch: Batch, stream: str) -> float:
+        """Return one number in [0, 1), the same for all arrays of a step.
+
+        Args:
+            batch: B arrays of it.
+            stream: name of this draw.
+        """
+        if bool((batch.places < 0).any()):
+            return float(torch.rand((), dtype=torch.float64))
+        return float(self._draw(replace(batch, places=torch.zeros(1, dtype=torch.int64)), stream, (), torch.rand)[0])
+
     def _draw(self, batch: Batch, stream: str, shape: tuple[int, ...], kind: Any) -> Tensor:
         if bool((batch.places < 0).any()):  # evaluation: the generator is seeded there
             found: Tensor = kind((len(batch), *shape), dtype=torch.float64)
             return found
         if stream not in self._drawn:
-            seed, step = self._seed
-            text = int.from_bytes(stream.encode()[:4].ljust(4, b"."), "big")
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_294_967_291 + text & (2**63 - 1))
+            text = f"{self._seed[0]} {self._seed[1]} {stream}"
+            number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+            generator = torch.Generator().manual_seed(number)
             self._drawn[stream] = kind((self._count, *shape), generator=generator, dtype=torch.float64)
         return self._drawn[stream][batch.places]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -66,9 +66,11 @@ class Consistency(ArrayObjective):
 
     Args:
         rho: spacing of the discrete noise levels, as for the karras schedule.
+        drop_labels: share of the arrays whose class is left out; 1 leaves all classes free.
     """
 
     rho: Positive = 7.0
+    drop_labels: Share = 0.0
 
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, summed over the arrays.
@@ -78,7 +80,7 @@ class Consistency(ArrayObjective):
             batch: B arrays.
         """
         later, sooner, weight = (value.to(batch.arrays) for value in self.pair(model, batch))
-        labels = batch.labels if model.classes else None
+        labels = self.some_labels(model, batch, self.drop_labels)
         noise = self.noise(batch)
         noisy = batch.arrays + spread(later, noise) * noise
         state = torch.get_rng_state()  # the same dropout on both sides
@@ -468,7 +470,13 @@ class Distillation(Follows, Consistency):
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ConsistencyDistillation(Distillation):
-    """Consistency distillation with one step of Heun's method by the teacher."""
+    """Consistency distillation with one step of Heun's method by the teacher, or of Euler's.
+
+    Args:
+        step: the teacher's method; euler runs it once instead of twice.
+    """
+
+    step: Literal["heun", "euler"] = "heun"
 
     def earlier(self, model: Any, batch: Any, noisy: Tensor, noise: Tensor, later: Tensor, sooner: Tensor) -> Tensor:
         """Return where the teacher's step leads (B, *shape).
@@ -482,6 +490,7 @@ class ConsistencyDistillation(Distillation):
             sooner: (B,) r.
         """
         step = spread(sooner - later, noisy)
-        first = self.slope(batch, noisy, later)
-        second = self.slope(batch, noisy + step * first, sooner)
-        return noisy + step * (first + second) / 2
+        slope = self.slope(batch, noisy, later)
+        if self.step == "heun":
+            slope = (slope + self.slope(batch, noisy + step * slope, sooner)) / 2
+        return noisy + step * slope

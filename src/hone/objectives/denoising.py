@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from hone.diffusion.levels import spread
@@ -53,27 +52,21 @@ class Denoise(ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
-        sigma = noise_levels(
-            self.uniform(batch, "level"), self.levels, mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
-        ).to(batch.arrays)  # fmt: skip
+        sigma = self.sigmas(model, batch)
         noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch)
-        labels = self.some_labels(model, batch)
+        labels = self.some_labels(model, batch, self.drop_labels)
         out = model.parameterisation.coefficients(sigma).out
         errors = (model(noisy, sigma, labels) - batch.arrays) / spread(out, batch.arrays)
         return errors.square().flatten(1).mean(1).sum(), {}
 
-    def some_labels(self, model: Any, batch: Any) -> Tensor | None:
-        """Return the classes, a share of them left out in training; None for data without.
+    def sigmas(self, model: Any, batch: Any) -> Tensor:
+        """Return the noise level of each array (B,).
 
         Args:
             model: the denoiser.
             batch: B arrays.
         """
-        if not model.classes:
-            return None
-        labels: Tensor = batch.labels
-        if not model.training or not self.drop_labels:
-            return labels
-        gone = (self.uniform(batch, "drop") < self.drop_labels).to(labels.device)
-        return torch.where(gone, torch.full_like(labels, -1), labels)
+        return noise_levels(
+            self.uniform(batch, "level"), self.levels, mean=self.mean, std=self.std, sigma_min=model.sigma_min,
+            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
+        ).to(batch.arrays)  # fmt: skip

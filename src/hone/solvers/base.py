@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -91,10 +91,19 @@ class Solver:
         guidance: of classifier-free guidance, D(none) + guidance (D(class) - D(none)); 1 for none.
     """
 
+    goes_part_way: ClassVar[bool] = True  # whether `solve` leads to any level, and asks nothing but D(x, sigma)
     steps: Annotated[int, Field(ge=1)] = 18
     schedule: Schedule = "karras"
     rho: Annotated[float, Field(gt=0)] = 7.0
     guidance: Annotated[float, Field(ge=0)] = 1.0
+
+    def prepare(self, model: Any, source: Any) -> None:
+        """Learn what is needed before arrays are drawn, e.g. by a search; most solvers need nothing.
+
+        Args:
+            model: the denoiser that arrays will be drawn from.
+            source: the arrays it learned from; only those of its "train" split may be looked at.
+        """
 
     def sigmas(self, model: Any) -> Tensor:
         """Return the (steps + 1) float64 noise levels for a denoiser, the last one 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,7 @@ class Multistep(Solver):
         between: levels after the first, descending; None spaces them by the schedule.
     """
 
+    goes_part_way: ClassVar[bool] = False
     steps: Annotated[int, Field(ge=1)] = 1
     between: list[Annotated[float, Field(gt=0)]] | None = None
 

@@ -175,6 +175,8 @@ def _third(noise: object, x: Tensor, first: Tensor, now: Tensor, then: Tensor) -
         ("DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", "arXiv:2211.01095"),
     ],
     claim="Predicting the data instead of the noise, and reusing earlier predictions, samples well in 15 to 20 steps.",
+    deviations="Order 3 takes twice the second difference that the authors' code and diffusers take: half of it makes "
+    "a method of order 2, as derivation and measurement show.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class DPMSolverPP(Solver):
@@ -183,7 +185,7 @@ class DPMSolverPP(Solver):
     With h = ln(s / s'), r_0 = h_-1 / h, r_1 = h_-2 / h, and D_0, D_1, D_2 the latest three predictions:
     1: x' = (s' / s) x + (1 - e^-h) D_0
     2: x' = (s' / s) x + (1 - e^-h) (D_0 + (D_0 - D_1) / (2 r_0))
-    3: with A = (D_0 - D_1) / r_0, B = (D_1 - D_2) / r_1, E = A + r_0 (A - B) / (r_0 + r_1), G = (A - B) / (r_0 + r_1):
+    3: with A = (D_0 - D_1) / r_0, B = (D_1 - D_2) / r_1, C = (A - B) / (r_0 + r_1), E = A + r_0 C, G = 2 C:
        x' = (s' / s) x + (1 - e^-h) D_0 + ((e^-h - 1) / h + 1) E - ((e^-h - 1 + h) / h^2 - 1/2) G
     The first steps, and the step to 0, are of lower order.
 
@@ -225,6 +227,6 @@ class DPMSolverPP(Solver):
         near, far = gaps[0] / h, gaps[1] / h
         one, two = (found[0] - found[1]) / near, (found[1] - found[2]) / far
         slope = one + near / (near + far) * (one - two)
-        bend = (one - two) / (near + far)
+        bend = 2 * (one - two) / (near + far)  # h^2 times the second derivative
         decay = math.expm1(-h)
         return ratio * x - decay * found[0] + (decay / h + 1) * slope - ((decay + h) / h**2 - 0.5) * bend

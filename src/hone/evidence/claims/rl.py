@@ -107,6 +107,10 @@ def reft_beats_sft(scratch: Path) -> Trial:
     """PPO on the questions of a warm-up beats as many more steps of fine-tuning on them.
 
     Task: as for GRPO, with 200 problems: ten supervised steps, then 60 of PPO or 60 of supervised fine-tuning.
+
+    Finding: fine-tuning on the worked answers of the 200 problems answers 92, 93 and 90 in a hundred, ReFT 84, 88 and
+    82. A worked answer here shows the one way there is to the result, so that nothing is left for sampling to find; the
+    paper's problems have many ways.
     """
     few = {**REVERSE, "count": 200}
     warm = {"name": "warm-up", "data": few, "objective": "sft", "steps": 10, "batch_tokens": 2048}
@@ -123,11 +127,45 @@ def reft_beats_sft(scratch: Path) -> Trial:
     )  # fmt: skip
 
 
+@claim("recipe", "reft", "learns-from-rewards")
+def reft_learns(scratch: Path) -> Trial:
+    """A few supervised steps and then PPO on the same 200 questions raise accuracy by 25 points.
+
+    Task: as for GRPO, with ten supervised steps before the 60 of PPO; the baseline took one step.
+    """
+    paper = ("ReFT: Reasoning with Reinforced Fine-Tuning", "arXiv:2401.08967")
+    return _rises("ReFT", paper, stages=_reft_stages())
+
+
+def _reft_stages() -> list[dict[str, Any]]:
+    """Return the warm-up and the PPO of ReFT on 200 problems."""
+    few = {**REVERSE, "count": 200}
+    warm = {"name": "warm-up", "data": few, "objective": "sft", "steps": 10, "batch_tokens": 2048}
+    data = rolled(few, rewards={"name": "exact", "right": 1.0, "partial": 0.1})
+    return [warm, {"name": "reinforced", "data": data, "objective": {"name": "ppo", "kl": 0.05, "discount": 0.98}}]
+
+
+@claim("objective", "uft", "learns-from-rewards")
+def uft_learns(scratch: Path) -> Trial:
+    """Rewards behind hints that grow shorter raise accuracy by 25 points.
+
+    Task: as for GRPO, in 120 steps; hints are drawn over the first 0.3 of the run.
+    """
+    paper = ("UFT: Unifying Supervised and Reinforcement Fine-Tuning", "arXiv:2505.16984")
+    return _rises(
+        "UFT", paper, objective={"name": "uft", "hint_weight": 0.1}, data=rolled(hints="binomial", hint_until=0.3),
+        steps=120,
+    )  # fmt: skip
+
+
 @claim("objective", "uft", "rare-rewards")
 def uft_rare_rewards(scratch: Path) -> Trial:
     """Where rewards are rare, hints that grow shorter reach a higher accuracy than rewards alone.
 
     Task: as for GRPO, on lists of four, which one sample in sixty reverses rightly.
+
+    Finding: after 60 steps GRPO answers 12, 10 and 9 in a hundred of the harder lists and UFT 6, 8 and 12: lists of
+    four are hardly learned by either in this budget. On short lists UFT does learn (see the other claim).
     """
     return Trial(
         recipe=TASK, baseline=Side(label="GRPO", settings={"data": rolled(HARDER, max_new_tokens=64)}), seeds=3,
