@@ -17,7 +17,10 @@ from hone.evidence.store import Evidence, overall, stored
 from hone.recipe import LIST_FIELDS, PART_FIELDS, SHIPPED, Recipe, parse_value, read_yaml, shipped
 
 KINDS = (*parts.KINDS, "recipe")
-ENOUGH = {"data": "chains", "steps": 100}  # what a recipe cannot do without; a snippet adds it
+ENOUGH = {  # what a recipe of each medium cannot do without; a snippet adds it
+    "text": {"data": "chains", "steps": 100},
+    "arrays": {"model": {"name": "denoiser"}, "data": "points", "objective": "denoise", "steps": 100},
+}  # fmt: skip
 # Callbacks may wait for evaluations, and penalties compare with the base, which full training does not keep.
 ALSO: dict[str, dict[str, Any]] = {"callback": {"eval_every": 50}, "penalty": {"adapter": "lora"}}
 WORDS = {"int": "integer", "float": "number", "bool": "true or false", "str": "text", "Any": "anything"}
@@ -38,6 +41,7 @@ class Entry:
         options: of a part; a recipe has none.
         body: the docstring of a part, the file of a recipe.
         evidence: stored results of its claims.
+        medium: what a part is for, "text" or "arrays".
     """
 
     kind: str
@@ -49,6 +53,7 @@ class Entry:
     options: tuple[parts.Option, ...]
     body: str
     evidence: tuple[Evidence, ...]
+    medium: str = "text"
 
     @property
     def verdict(self) -> str | None:
@@ -112,17 +117,22 @@ class Entry:
         single = next((name for name, kind in PART_FIELDS.items() if kind == self.kind), None)
         listed = next((name for name, kind in LIST_FIELDS.items() if kind == self.kind), None)
         field = single or listed
-        if field is None and self.kind not in ("merger", "reward"):
+        if field is None and self.kind not in ("merger", "reward", "network"):
             return ""
-        spec = self._spec(called)
-        if self.kind == "reward":  # rewards are an option of what is trained on
+        spec, enough = self._spec(called), ENOUGH[self.medium]
+        if self.kind == "network":  # an option of the model; most take no points
+            field = single = "model"
+            spec, enough = {"name": "denoiser", "network": spec}, {**enough, "data": "digits"}
+        elif self.kind == "reward" and self.medium == "arrays":  # an option of an objective
+            field, single, spec = "objective", "objective", {"name": "rlcm", "reward": spec}
+        elif self.kind == "reward":  # rewards are an option of what is trained on
             field = single = "data"
             spec = {"name": "rollouts", "of": "chains", "rewards": spec}
         elif field is None:  # a merger is named by the model that it makes
             field = single = "model"
             spec = {"name": "merged", "base": "base", "models": ["base", "base"], "merger": spec}
         fields: dict[str, Any] = {field: [spec] if single is None else spec, **ALSO.get(self.kind, {})}
-        fields.update((name, value) for name, value in ENOUGH.items() if name not in fields)
+        fields.update((name, value) for name, value in enough.items() if name not in fields)
         return "".join(f"{name}: {_flow(value)}\n" for name, value in fields.items())
 
     def _spec(self, called: str) -> Any:
@@ -182,7 +192,7 @@ def named(name: str, kind: str | None = None) -> list[Entry]:
 
 
 def _of_part(r: parts.Record, evidence: tuple[Evidence, ...]) -> Entry:
-    return Entry(r.kind, r.name, r.summary, r.papers, r.claim, r.deviations, r.options, r.doc, evidence)
+    return Entry(r.kind, r.name, r.summary, r.papers, r.claim, r.deviations, r.options, r.doc, evidence, r.medium)
 
 
 def _of_recipe(name: str, evidence: tuple[Evidence, ...]) -> Entry:
@@ -334,7 +344,8 @@ def _within(limits: dict[str, float], *, whole: bool) -> float:
 def _usual(kind: str) -> Any:
     """Return a part of a kind as a recipe writes it: the one that recipes take by default, else the first."""
     field = next((field for field, of in PART_FIELDS.items() if of == kind), "")
-    if usual := ENOUGH.get(field) or getattr(Recipe(), field, None):
+    if usual := ENOUGH["text"].get(field) or getattr(Recipe(), field, None):
         return usual
-    first = next(record for record in parts.catalogue() if record.kind == kind)
+    several = [record for record in parts.catalogue() if record.kind == kind]
+    first = next((record for record in several if record.medium == "text"), several[0])
     return _of_part(first, ())._spec("")

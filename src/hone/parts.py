@@ -20,6 +20,7 @@ KINDS = (
     "model", "data", "adapter", "objective", "penalty", "optimizer", "schedule", "callback", "sampler", "metric",
     "reward", "merger", "network", "solver", "distance",
 )  # fmt: skip
+ARRAYS_ONLY = ("network", "solver", "distance")  # kinds that language models have no use for
 ROOT = Path(__file__).parent
 T = TypeVar("T", bound=type)
 _added: dict[tuple[str, str], tuple[Record, type]] = {}  # parts of the user's own, of this process alone
@@ -58,6 +59,7 @@ class Record:
         attribute: class name in that module.
         path: source file.
         line: line of the class.
+        medium: what it is for, "text" or "arrays".
     """
 
     kind: str
@@ -71,6 +73,7 @@ class Record:
     attribute: str
     path: str
     line: int
+    medium: str = "text"
 
     @property
     def summary(self) -> str:
@@ -174,7 +177,11 @@ def catalogue() -> tuple[Record, ...]:
             if key in records:
                 raise HoneError(f"two parts are {record.kind} '{record.name}': {records[key].path} and {record.path}")
             records[key] = record
-    for held in (_names, _options):  # trees of a hundred files take as many megabytes, and are not needed again
+    for held in (
+        _names,
+        _options,
+        _medium,
+    ):  # trees of a hundred files take as many megabytes, and are not needed again
         held.cache_clear()
     return tuple(records[key] for key in sorted(records, key=lambda key: (KINDS.index(key[0]), key[1])))
 
@@ -238,7 +245,21 @@ def _records(path: Path) -> Iterator[Record]:
             attribute=node.name,
             path=str(path),
             line=node.lineno,
+            medium="arrays" if kind in ARRAYS_ONLY else _medium(node, path) or "text",
         )
+
+
+@cache
+def _medium(node: ast.ClassDef, path: Path) -> str:
+    """Return the `medium` that a class, or the first of its bases that says so, declares; "" where none does."""
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id == "medium":
+            return str(ast.literal_eval(item.value)) if item.value is not None else ""
+    for base in node.bases:
+        found = _defined(base.id, path) if isinstance(base, ast.Name) else None
+        if found is not None and isinstance(found[0], ast.ClassDef) and (medium := _medium(found[0], found[1])):
+            return medium
+    return ""
 
 
 def _called(call: ast.Call) -> str:

@@ -82,7 +82,7 @@ PARAMETERISATION: dict[str, str] = {
     "hipa": "edm",
     "repa": "edm",
     "ddo": "edm",
-}
+}  # fmt: skip
 BATCH, STEPS = 12, 3
 
 NAMES = [r.name for r in catalogue() if r.kind == "objective" and load("objective", r.name).medium == "arrays"]

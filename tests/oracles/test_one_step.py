@@ -10,17 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from hone.data.arrays import Points
+from hone.data.loader import Loader
 from hone.diffusion.critics import Critic
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.items import Item, collate
 from hone.diffusion.levels import Parameterisation
 from hone.diffusion.networks import MLP, DiT
 from hone.diffusion.routed import Particles, StudentsNetwork
+from hone.engine.devices import Cluster
+from hone.engine.loop import Player, Run, Trainer
 from hone.errors import HoneError, ModelError, NumericError
 from hone.objectives.adversarial import Pool
 from hone.objectives.generators import Drawn, take_weights
 from hone.objectives.matching import DMD2, fake_network
+from hone.objectives.students import TeacherScoreMatching
 from hone.objectives.watch import PATIENCE, TIMES, Watch
+from hone.recipe import Recipe
 from hone.solvers.few import Multistep
 
 
@@ -179,3 +185,22 @@ def test_objectives_watch_their_critics():
     objective.load_state_dict(kept)
     objective.after_step(SimpleNamespace(step=2), {"fake/denoising": 31.0})
     assert list(DMD2(teacher="", least=0.9, most=0.5).check()) == [("least", "expected less than most (0.5), got 0.9")]
+
+
+@pytest.mark.parametrize("objective", [TeacherScoreMatching(teacher="truth"), DMD2(teacher="truth", critic_updates=2)])
+def test_several_students_train_in_the_real_loop(objective):
+    source = Points(density="ring", count=200, holdout=40, conditional=True)
+    model = denoiser(StudentsNetwork(groups=4, of=MLP(width=8, depth=2))).float()
+    recipe = Recipe.of(
+        model="denoiser", data={"name": "points", "conditional": True}, objective="denoise", steps=2, batch_tokens=12,
+        optimizer={"name": "adamw", "lr": 1e-3}, schedule="constant",
+    )  # fmt: skip
+    trees: Any = source.collection("train")
+    run = Run(recipe, Cluster("cpu", "fp32"), model, objective, Loader(trees, batch_tokens=12, seed=0), 2)
+    params = list(model.named_parameters())
+    run.players["model"] = Player(params, recipe.build("optimizer").build(params, {}), lambda step, total: 1.0)
+    objective.setup(run)
+    trainer, before = Trainer(run), [p.detach().clone() for _, p in params]
+    for _ in range(2):
+        assert math.isfinite(trainer.train_step(next(run.loader))["loss"])
+    assert any(not torch.equal(old, new) for old, (_, new) in zip(before, params, strict=True))

@@ -24,7 +24,7 @@ Sources: Karras et al. 2022 (arXiv:2206.00364), table 1; Lipman et al. 2022 (arX
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -90,6 +90,17 @@ class Parameterisation:
         if self.kind == "vp-eps":
             return Coefficients(torch.ones_like(sigma), -sigma, scale, log)
         return Coefficients(scale**2, -sigma * scale, scale, log)  # vp-v
+
+    def error_scale(self, sigma: Tensor) -> Tensor:
+        """Return what errors of the denoised array are divided by in pretraining: c_out, of the network's output.
+
+        A "consistency" denoiser's c_out is 0 at sigma_min; its errors are divided by edm's.
+
+        Args:
+            sigma: noise levels of any shape.
+        """
+        plain = replace(self, kind="edm") if self.kind == "consistency" else self
+        return plain.coefficients(sigma).out
 
     def target(self, clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Return what the network shall put out so that the denoised array is `clean`: (clean - c_skip x) / c_out.

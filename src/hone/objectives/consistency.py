@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -200,7 +200,8 @@ class Follows:
     """Mixed into objectives whose target is a running mean of the student."""
 
     _mean: Mean | None
-    decay: float
+    if TYPE_CHECKING:  # a field of those that are mixed with it; here it would come before their own
+        decay: float
 
     def setup(self, run: Any) -> None:
         """Begin the running mean with the student.

@@ -214,17 +214,12 @@ class SanaSprint(ContinuousConsistency):
         critic_std: of the same.
     """
 
-    teacher: str | None = None
+    teacher: str = field()
     adversarial: Strength = 0.5
     highest: Share = 0.5
     critic_mean: float = -0.4
     critic_std: Positive = 1.0
     _critic: Any = field(init=False, default=None, repr=False)
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield that a teacher is missing."""
-        if self.teacher is None:
-            yield "teacher", 'is required and was not given: a run of a denoiser, or "stage:N"'
 
     def setup(self, run: Any) -> None:
         """Load the teacher and let its heads train.

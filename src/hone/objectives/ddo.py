@@ -153,7 +153,7 @@ class DDO(ArrayObjective):
             labels: (B,) classes, -1 for none.
         """
         told = labels if model.classes else None
-        weight = model.parameterisation.coefficients(sigma).out ** -2
+        weight = model.parameterisation.error_scale(sigma) ** -2
 
         def error(network: Any) -> Tensor:
             return weight * (network(arrays + noise, sigma, told) - arrays).square().flatten(1).sum(1)

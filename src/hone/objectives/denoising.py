@@ -55,7 +55,7 @@ class Denoise(ArrayObjective):
         sigma = self.sigmas(model, batch)
         noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch)
         labels = self.some_labels(model, batch, self.drop_labels)
-        out = model.parameterisation.coefficients(sigma).out
+        out = model.parameterisation.error_scale(sigma)
         errors = (model(noisy, sigma, labels) - batch.arrays) / spread(out, batch.arrays)
         return errors.square().flatten(1).mean(1).sum(), {}
 

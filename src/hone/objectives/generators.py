@@ -76,7 +76,7 @@ def denoising(net: Any, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Ten
         labels: (B,) classes, None for none.
         extras: (B, k) further numbers that it is shown, if any.
     """
-    out = net.parameterisation.coefficients(sigma).out
+    out = net.parameterisation.error_scale(sigma)
     errors = (net(clean + spread(sigma, clean) * noise, sigma, labels, *extras) - clean) / spread(out, clean)
     return errors.square().flatten(1).mean(1)
 

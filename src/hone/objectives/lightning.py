@@ -56,8 +56,8 @@ class StepCritic(Critic):
     papers=[("SDXL-Lightning: Progressive Adversarial Diffusion Distillation", "arXiv:2402.13929")],
     claim="Students of a progressive distillation that are judged by a discriminator instead of by squared distances "
     "draw sharper samples in one to four steps.",
-    deviations="After the paper's text; there is no official training code. The discriminator goes on from student to "
-    "student. Its heads stand on every layer that the network shows, the paper's on the middle. Squared steps are "
+    deviations="From memory of the paper; there is no official training code. The discriminator goes on from student "
+    "to student. Its heads stand on every layer that the network shows, the paper's on the middle. Squared steps are "
     "weighted by the truncated signal-to-noise ratio.",
 )  # fmt: skip
 @dataclass(kw_only=True)

@@ -258,7 +258,7 @@ class MixtureDistillation(Matching):
             with torch.no_grad():
                 teacher = self._teacher.guided(x, level, drawn.labels, self.guidance)
                 apart = (teacher - self._critic.body(x, level, drawn.labels)).square().flatten(1).mean(1)
-                apart = apart / self._critic.body.parameterisation.coefficients(level).out ** 2
+                apart = apart / self._critic.body.parameterisation.error_scale(level) ** 2
             mix = self.mixing(x, level, drawn.labels, share)
             total = total + own * apart * (mix if x is drawn.noisy else 1 - mix) ** 2
         return total

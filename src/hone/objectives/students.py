@@ -66,6 +66,6 @@ class TeacherScoreMatching(ArrayObjective):
             labels = batch.labels
         with torch.no_grad():
             aim = self._teacher.guided(noisy, sigma, labels, self.guidance)
-        out = model.parameterisation.coefficients(sigma).out
+        out = model.parameterisation.error_scale(sigma)
         errors = (model(noisy, sigma, labels) - aim) / spread(out, noisy)
         return errors.square().flatten(1).mean(1).sum(), {}

@@ -462,7 +462,7 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
         sigma = torch.where(self.uniform(batch, "half") < 0.5, lower, upper).to(batch.arrays)
         noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch, "other")
         found = self.still(model, batch, noisy, sigma, labels)
-        out = spread(model.parameterisation.coefficients(sigma).out, noisy)
+        out = spread(model.parameterisation.error_scale(sigma), noisy)
         return squared(found / out, batch.arrays / out)
 
     def still(self, model: Any, batch: Any, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:

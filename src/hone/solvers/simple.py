@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -53,6 +53,7 @@ class FewEuler(Solver):
         lowest: noise level at which samples end.
     """
 
+    goes_part_way: ClassVar[bool] = False  # its first step is a special one
     steps: Annotated[int, Field(ge=1)] = 3
     analytic: bool = True
     lowest: Annotated[float, Field(gt=0)] = 0.006

@@ -73,7 +73,8 @@ class TStitch(Around):
         yield from super().check()
         folder = Path(self.small).expanduser()
         known = any((place / FILE).is_file() for place in (folder, folder / "model"))
-        if self.small != "base" and not known:  # "base" stands for a stage that has not run yet
+        later = self.small == "base" or self.small.startswith("stage:")  # what has not run yet
+        if not later and not known:
             yield "small", f"there is no denoiser in '{self.small}'; expected a finished run of one"
 
     def asked(self, model: Any, labels: Tensor | None, sigmas: Tensor) -> Counted:

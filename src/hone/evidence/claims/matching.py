@@ -127,7 +127,8 @@ def smt_beats_consistency(scratch: Path) -> Trial:
     """
     ict = side("iCT", {"name": "ict", "end": 160}, 1500)
     ict = Side(label="iCT", settings={**ict.settings, "model": {**SMALL, "parameterisation": "consistency"}})
-    return versus(ict, side("SMT", {"name": "smt"}), SMT)
+    smt = side("SMT", {"name": "smt", "critic_rate": 5.0}, optimizer={"name": "adamw", "lr": 2e-4})
+    return versus(ict, smt, SMT)
 
 
 @claim("objective", "smd", "as-good-as-dmd2")
@@ -179,8 +180,8 @@ def nitrofusion_beats_fixed(scratch: Path) -> Trial:
 
     Task: the ring; the baseline has as many heads as judge in a step of the method, and none begins anew.
     """
-    common = {"name": "nitrofusion", "teacher": "truth", "critic_updates": 2}
-    slow: dict[str, Any] = {"optimizer": {"name": "adamw", "lr": 2e-4, "beta1": 0.5}}
+    common = {"name": "nitrofusion", "teacher": "truth", "critic_updates": 2, "critic_rate": 2.0}
+    slow: dict[str, Any] = {"optimizer": {"name": "adamw", "lr": 1e-4, "beta1": 0.5}}
     return versus(
         side("fixed heads", {**common, "copies": 2, "drawn": 1.0, "refresh": 0.0}, **slow),
         side("NitroFusion", {**common, "copies": 8, "drawn": 0.25}, **slow),
