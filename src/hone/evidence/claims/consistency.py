@@ -203,7 +203,7 @@ def nct_obeys(scratch: Path) -> Trial:
     """
     made = {"name": "generator", "objective": {"name": "ict", "end": 160, "drop_labels": 1.0}}
     data = {"name": "points", "conditional": True}
-    nct = {"name": "control", "objective": "nct", "steps": 1500}
+    nct = {"name": "control", "objective": "nct", "steps": 1500, "optimizer": {"name": "adamw", "lr": 1e-4}}
     return Trial(
         recipe={**POINTS, "data": data}, baseline=Side(label="generator", settings={"stages": [made]}),
         method=Side(label="NCT", settings={"stages": [made, nct]}), figures=_obeyed, metric="energy@1",
