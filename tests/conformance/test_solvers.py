@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hone.data.arrays import Points
 from hone.diffusion.denoiser import Denoiser
-from hone.diffusion.judge import draw
+from hone.diffusion.drawing import draw
 from hone.diffusion.levels import Parameterisation
 from hone.diffusion.networks import MLP
 from hone.options import Places, build_part, check_part

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hone.objectives.ddo import DDO, discriminative
+from oracles.known import Known, ring
 from oracles.small_denoisers import as_run, points, step_of, tiny
 
 
@@ -81,3 +82,12 @@ def test_a_round_begins_with_the_model_and_what_it_draws() -> None:
     step_of(objective, run)
     assert not torch.equal(objective._pool[0], first)  # type: ignore[index]
     assert torch.equal(objective._reference.hf.leave.weight, model.hf.leave.weight)
+
+
+def test_the_reference_draws_each_array_for_the_class_that_it_is_given() -> None:
+    model, labels = Known(ring(0.05)), torch.tensor([0, 0, 1, 2, 1])
+    objective = DDO(drawn=64)
+    objective.setup(as_run(model, points(5, labels)))
+    arrays, told = objective._pool
+    nearest = torch.cdist(arrays.double(), model.mixture.means).argmin(1)
+    assert torch.equal(nearest, told) and torch.equal(told[:5], labels)

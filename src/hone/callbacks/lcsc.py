@@ -158,7 +158,7 @@ class LCSC(Callback):
         Args:
             run: the run in progress.
         """
-        from hone.diffusion.judge import draw, same_noise
+        from hone.diffusion.drawing import draw, same_noise
 
         solver = self.solver or run.recipe.build("solvers")[0]
         distance = self.distance or run.recipe.build("distances")[0]

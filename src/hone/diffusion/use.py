@@ -8,7 +8,8 @@ from typing import Any
 from safetensors.torch import save_file
 
 from hone.diffusion.denoiser import FILE, Denoiser
-from hone.diffusion.judge import ArrayJudges, draw, judge, same_noise
+from hone.diffusion.drawing import draw, same_noise
+from hone.diffusion.judge import ArrayJudges, judge
 from hone.diffusion.opened import open_arrays
 from hone.diffusion.pictures import picture
 from hone.engine.assemble import evaluation_data

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hone.diffusion.drawing import solve
 from hone.diffusion.encoders import training_data
 from hone.diffusion.levels import spread
 from hone.objectives.arrays import ArrayObjective, Positive, noise_levels
@@ -99,14 +100,15 @@ class DDO(ArrayObjective):
         Args:
             run: the run in progress.
         """
-        from hone.diffusion.judge import draw
-
         assert self._labels is not None
         solver: Any = self.solver or Heun(steps=18)
         solver.prepare(self._reference, run.recipe.build("data"))
         seed = 1_000_003 * (run.recipe.seed + 1) + self._round  # rounds draw different arrays
-        arrays, _ = draw(self._reference, solver, self.drawn, self._labels, seed)
-        self._pool = arrays, self._labels[torch.arange(self.drawn) % len(self._labels)].to(arrays.device)
+        generator, parameter = torch.Generator().manual_seed(seed), next(self._reference.parameters())
+        noise = torch.randn(self.drawn, *self._reference.shape, generator=generator).to(parameter)
+        labels = self._labels[torch.arange(self.drawn) % len(self._labels)].to(parameter.device)
+        told = labels if self._reference.classes else None
+        self._pool = solve(self._reference, solver, noise, told, generator)[0], labels
 
     def before_step(self, run: Any, trees: Sequence[Any]) -> None:
         """Begin a new round when it is time.

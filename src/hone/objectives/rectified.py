@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hone.diffusion.drawing import solve
 from hone.diffusion.levels import flow_time, from_flow_time, spread
 from hone.diffusion.spatial import edges, high_pass
 from hone.objectives.arrays import ArrayObjective, Share, squared
@@ -19,8 +20,6 @@ from hone.objectives.teachers import load_teacher
 from hone.options import Nested
 from hone.parts import part
 from hone.solvers.ode import Heun
-
-AT_ONCE = 1024
 
 
 @dataclass(kw_only=True)
@@ -57,12 +56,8 @@ class Paired(ArrayObjective):
         self._noise = torch.randn(self.pairs, *run.model.shape, generator=generator, dtype=torch.float64).to(like)
         if labels is not None:
             self._labels = labels[torch.arange(self.pairs) % len(labels)].to(like.device)
-        solver, made = self.solver or Heun(guidance=self.guidance), []
-        for begin in range(0, self.pairs, AT_ONCE):
-            part = slice(begin, begin + AT_ONCE)
-            given = None if self._labels is None else self._labels[part]
-            made.append(solver.sample(self._teacher, self._noise[part], given, generator)[0])
-        self._clean = torch.cat(made)
+        solver = self.solver or Heun(guidance=self.guidance)
+        self._clean = solve(self._teacher, solver, self._noise, self._labels, generator)[0]
 
     def pair(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return noise and array (B, *shape) and the classes (B,) of pairs that are drawn for a batch.

@@ -250,7 +250,7 @@ def score(run: Path) -> dict[str, float]:
     Args:
         run: a run on data whose density is known.
     """
-    from hone.diffusion.judge import draw
+    from hone.diffusion.drawing import draw
 
     recipe, model, source = _opened(run)
     solver = recipe.build("solvers")[0]
@@ -284,7 +284,7 @@ def from_guidance(run: Path) -> dict[str, float]:
     Args:
         run: a run with classes whose solver is ddim, or one around it.
     """
-    from hone.diffusion.judge import draw
+    from hone.diffusion.drawing import draw
     from hone.options import build_part
 
     recipe, model, source = _opened(run)
