@@ -54,7 +54,7 @@ def test_the_loss_is_denoising_less_the_mean_cosine(plan: Any, encoder: Any) -> 
     noisy = batch.arrays + spread(sigma, batch.arrays) * plain.normal(batch)
     scaled = model.parameterisation.coefficients(sigma)
     states = model.hf.inner(spread(scaled.inside, noisy) * noisy, scaled.noise, labels)[1]
-    states = states if isinstance(plan, DiT) else states.flatten(2).transpose(1, 2)
+    states = states.flatten(2).transpose(1, 2)
     projected, wanted = model.extras[PROJECTOR](states), objective.features(batch.arrays)
     assert projected.shape == wanted.shape
     alike = (F.normalize(projected, dim=-1) * F.normalize(wanted, dim=-1)).sum(-1).mean(1).sum()

@@ -149,7 +149,7 @@ def test_heads_of_a_pool_judge_their_own_part_of_the_noise():
     ]  # fmt: skip
     assert [found[0].shape for _, found, _ in seen] == [(3, 1), (3, 4), (3, 4)]  # head 1 sees the mean over places
     states = pool.features(x, 0.1 + place, labels)
-    torch.testing.assert_close(seen[0][1][0], pool.heads[1](states[0][[0, 2, 4]].mean(2)))
+    torch.testing.assert_close(seen[0][1][0], pool.heads[1](states[0][[0, 2, 4]].flatten(2).mean(2)))
     blind = pool.features(x, 0.1 + place, None)  # head 6 is of the second layer and not told the class
     torch.testing.assert_close(seen[1][1][0], pool.heads[6](blind[1][[0, 2, 4]]))
     other = pool.features(2 * x, 0.1 + place, labels)

@@ -66,7 +66,9 @@ class Critic(nn.Module):
         return torch.cat([head(states) for head, states in zip(self.heads, found, strict=True)], dim=1)
 
 
-def features_of(denoiser: Any, x: Tensor, sigma: Tensor, labels: Tensor | None) -> list[Tensor]:
+def features_of(
+    denoiser: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, extras: Tensor | None = None
+) -> list[Tensor]:
     """Return the features that a denoiser's network has of noisy arrays, channels second: (B, C) or (B, C, ...) each.
 
     Args:
@@ -74,11 +76,11 @@ def features_of(denoiser: Any, x: Tensor, sigma: Tensor, labels: Tensor | None) 
         x: (B, *shape) at noise level `sigma`.
         sigma: (B,) noise levels.
         labels: (B,) classes, None for none.
+        extras: (B, k) further numbers that the network is shown.
     """
     found = denoiser.parameterisation.coefficients(sigma)
-    states = denoiser.hf.inner(spread(found.inside, x) * x, found.noise.to(x.dtype), labels)
-    tokens = type(denoiser.hf).__name__ == "Transformer"  # (B, places, C)
-    return [state.transpose(1, 2) if tokens else state for state in states]
+    states: list[Tensor] = denoiser.hf.inner(spread(found.inside, x) * x, found.noise.to(x.dtype), labels, extras)
+    return states
 
 
 class Head(nn.Module):

@@ -296,7 +296,8 @@ class Transformer(Conditioned):
         self.shape, self.patch, self.heads = shape, patch, heads
         if any(side % patch for side in shape[1:]):
             raise HoneError(f"model.network: patches of {patch} do not divide arrays of {shape}")
-        places, size = math.prod(side // patch for side in shape[1:]), shape[0] * patch ** (len(shape) - 1)
+        self.grid = tuple(side // patch for side in shape[1:])
+        places, size = math.prod(self.grid), shape[0] * patch ** (len(shape) - 1)
         self.enter = nn.Linear(size, width)
         self.positions = nn.Parameter(0.02 * torch.randn(1, places, width))
         self.blocks: Any = nn.ModuleList(
@@ -319,12 +320,13 @@ class Transformer(Conditioned):
             labels: (B,) int64 classes, -1 for none.
             extras: (B, k) further numbers.
         """
-        return self._merge(self.leave(self.norm(self.inner(x, noise, labels, extras)[-1])))
+        places = self.inner(x, noise, labels, extras)[-1].flatten(2).transpose(1, 2)
+        return self._merge(self.leave(self.norm(places)))
 
     def inner(
         self, x: Tensor, noise: Tensor, labels: Tensor | None = None, extras: Tensor | None = None
     ) -> list[Tensor]:
-        """Return the (B, places, width) states after each block: features for discriminators and for alignment.
+        """Return the states after each block as maps (B, width, *grid of patches), as other networks show theirs.
 
         Args:
             x: (B, *shape) scaled noisy arrays, c_in x.
@@ -341,7 +343,7 @@ class Transformer(Conditioned):
             states = states + gate * block["out"](attention(query, key, value))
             hidden = block["first"](block["norm"](states) * (1 + scale_mlp) + shift_mlp)
             states = states + gate_mlp * block["second"](F.gelu(hidden, approximate="tanh"))
-            found.append(states)
+            found.append(states.transpose(1, 2).unflatten(2, self.grid))
         return found
 
     def _cut(self, x: Tensor) -> Tensor:
@@ -350,13 +352,12 @@ class Transformer(Conditioned):
         cells = [n for side in sides for n in (side // self.patch, self.patch)]
         x = x.reshape(batch, channels, *cells)
         grid, inside = range(2, x.dim(), 2), range(3, x.dim(), 2)
-        return x.permute(0, *grid, 1, *inside).reshape(batch, math.prod(side // self.patch for side in sides), -1)
+        return x.permute(0, *grid, 1, *inside).reshape(batch, math.prod(self.grid), -1)
 
     def _merge(self, rows: Tensor) -> Tensor:
         """Undo `_cut`."""
         channels, *sides = self.shape
-        grid = [side // self.patch for side in sides]
-        x = rows.reshape(len(rows), *grid, channels, *[self.patch] * len(sides))
+        x = rows.reshape(len(rows), *self.grid, channels, *[self.patch] * len(sides))
         order = [n for axis in range(len(sides)) for n in (1 + axis, 2 + len(sides) + axis)]
         return x.permute(0, 1 + len(sides), *order).reshape(len(rows), *self.shape)
 

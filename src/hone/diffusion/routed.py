@@ -55,7 +55,7 @@ class Students(nn.Module):
     def inner(
         self, x: Tensor, noise: Tensor, labels: Tensor | None = None, extras: Tensor | None = None
     ) -> list[Tensor]:
-        """Return the features of whichever network answers, channels second.
+        """Return the features of whichever network answers.
 
         Args:
             x: (B, *shape) scaled noisy arrays, c_in x.
@@ -63,9 +63,7 @@ class Students(nn.Module):
             labels: (B,) int64 classes, -1 for none.
             extras: (B, k) further numbers.
         """
-        tokens = type(self.students[0]).__name__ == "Transformer"  # (B, places, C)
-        found = self._each(lambda student, *given: student.inner(*given), x, noise, labels, extras)
-        return [state.transpose(1, 2) if tokens else state for state in found]
+        return self._each(lambda student, *given: student.inner(*given), x, noise, labels, extras)
 
     def _each(self, call: Any, x: Tensor, noise: Tensor, labels: Tensor | None, extras: Tensor | None) -> list[Tensor]:
         """Return what the networks give, each for its own arrays, put together again."""

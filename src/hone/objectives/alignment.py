@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from hone.diffusion.critics import features_of
 from hone.diffusion.encoders import Encoder, frozen_encoder
 from hone.diffusion.levels import spread
 from hone.errors import ModelError
@@ -48,16 +49,13 @@ def overheard(network: nn.Module) -> Iterator[list[list[Tensor]]]:
             network.__dict__["inner"] = before
 
 
-def as_places(states: Tensor, tokens: bool) -> Tensor:
+def as_places(states: Tensor) -> Tensor:
     """Return features as (B, places, C).
 
     Args:
-        states: (B, C), (B, places, C) of a transformer, or (B, C, ...).
-        tokens: whether they are a transformer's.
+        states: (B, C) or (B, C, ...).
     """
-    if states.dim() == 2:
-        return states[:, None]
-    return states if tokens else states.flatten(2).transpose(1, 2)
+    return states[:, None] if states.dim() == 2 else states.flatten(2).transpose(1, 2)
 
 
 @part(
@@ -99,7 +97,6 @@ class RepresentationAlignment(Denoise):
     width: Count = 32
     projector: Count = 128
     _encoder: Encoder | None = field(init=False, default=None, repr=False)
-    _tokens: bool = field(init=False, default=False, repr=False)
     _layer: int = field(init=False, default=0, repr=False)
     _grid: tuple[int, ...] = field(init=False, default=(), repr=False)
 
@@ -124,13 +121,9 @@ class RepresentationAlignment(Denoise):
         depth = self.depth or max(1, round(8 / 28 * len(states)))
         if depth > len(states):
             raise ModelError(f"objective.depth: the network shows {len(states)} states, {depth} is not among them")
-        self._layer, self._tokens = depth - 1, type(model.hf).__name__ == "Transformer"
-        chosen = states[self._layer]
-        if self._tokens:
-            self._grid = tuple(side // model.hf.patch for side in model.shape[1:])
-        else:
-            self._grid = tuple(chosen.shape[2:])
-        inputs = chosen.shape[-1] if self._tokens or chosen.dim() == 2 else chosen.shape[1]
+        self._layer = depth - 1
+        inputs, *grid = states[self._layer].shape[1:]
+        self._grid = tuple(grid)
         outputs = self.features(example).shape[-1] if self.encoder == "patches" else self.width
         sizes = (inputs, self.projector, self.projector, outputs)
         layers = [nn.Linear(one, two) for one, two in itertools.pairwise(sizes)]
@@ -164,7 +157,7 @@ class RepresentationAlignment(Denoise):
         if maps.dim() > 2 and tuple(maps.shape[2:]) != self._grid:
             pool: Any = F.adaptive_avg_pool1d if maps.dim() == 3 else F.adaptive_avg_pool2d
             maps = pool(maps, self._grid)
-        return as_places(maps, tokens=False)
+        return as_places(maps)
 
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, summed over the arrays.
@@ -178,7 +171,7 @@ class RepresentationAlignment(Denoise):
         with overheard(model.hf) as heard:
             found, figures = super().loss(model, batch)
         states = (heard[0] if heard else self.again(model, batch))[self._layer]
-        projected = model.extras[PROJECTOR](as_places(states, self._tokens))
+        projected = model.extras[PROJECTOR](as_places(states))
         alike = F.cosine_similarity(projected, self.features(batch.arrays), dim=-1).mean(1).sum()
         return found - self.alignment * alike, {**figures, "denoising": found.detach(), "alike": alike.detach()}
 
@@ -191,13 +184,7 @@ class RepresentationAlignment(Denoise):
         """
         sigma = self.sigmas(model, batch)
         noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch)
-        scaled = model.parameterisation.coefficients(sigma)
-        states: list[Tensor] = model.hf.inner(
-            spread(scaled.inside, noisy) * noisy,
-            scaled.noise.to(noisy.dtype),
-            self.some_labels(model, batch, self.drop_labels),
-        )
-        return states
+        return features_of(model, noisy, sigma, self.some_labels(model, batch, self.drop_labels))
 
 
 def _surroundings(arrays: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hone.diffusion.critics import Critic
+from hone.diffusion.critics import Critic, features_of
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import spread
 from hone.objectives.arrays import Share
@@ -40,11 +40,7 @@ class MixtureCritic(Critic):
             sigma: (B,) noise levels.
             labels: (B,) classes, None for none.
         """
-        found = self.body.parameterisation.coefficients(sigma)
-        half = torch.full((len(x), 1), 0.5).to(x)
-        states = self.body.hf.inner(spread(found.inside, x) * x, found.noise.to(x.dtype), labels, half)
-        tokens = type(self.body.hf).__name__ == "Transformer"  # (B, places, C)
-        return [state.transpose(1, 2) if tokens else state for state in states]
+        return features_of(self.body, x, sigma, labels, torch.full((len(x), 1), 0.5).to(x))
 
 
 def odds(share: Tensor) -> Tensor:
