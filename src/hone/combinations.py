@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hone import options as opt
-from hone import parts
 from hone.errors import Problem, nearest
 
 MEDIA = {"text": "text", "arrays": "arrays (points, images, series)"}
@@ -54,14 +53,14 @@ def combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Probl
 def _mixed_media(raw: dict[str, Any], at: str) -> list[tuple[str, str, str]]:
     """Return (field, message, hint) of every part that is for text where the objective is for arrays, or the reverse.
 
-    Parts that are wrong in themselves are passed over: they have been complained about.
+    Parts without a right name are passed over: they have been complained about.
     """
     media = {}
-    for name, default in (("objective", "sft"), ("model", "base"), ("data", None)):
-        spec = raw.get(name, default)
-        later = name == "model" and at and spec == "base"  # what an earlier stage will have made
-        if spec is not None and not later and not opt.check_part(name, spec, "", opt.Places()):
-            media[name] = getattr(parts.load(name, opt.split_spec(name, spec)[0]), "medium", "text")
+    for kind, default in (("objective", "sft"), ("model", "base"), ("data", None)):
+        spec = raw.get(kind, default)
+        later = kind == "model" and at and spec == "base"  # what an earlier stage will have made
+        if spec is not None and not later and (record := opt.record_of(kind, spec)):
+            media[kind] = record.medium
     wanted = media.pop("objective", None)
     hint = "for arrays: model: {name: denoiser}, data: points, digits, tones or images"
     return [

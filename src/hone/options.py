@@ -10,12 +10,12 @@ import dataclasses
 import typing
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hone import parts
+from hone.diffusion.saved import denoiser_folder
 from hone.errors import HoneError, Problem, nearest
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -168,9 +168,7 @@ def _shorthand(kind: str, text: str) -> tuple[str, dict[str, Any]]:
     if kind not in ("data", "model") or parts.find(kind, text):
         return text, {}
     if kind == "model":
-        folder = Path(text).expanduser()
-        arrays = any((place / "denoiser.json").is_file() for place in (folder, folder / "model"))
-        return "denoiser" if arrays else "pretrained", {"path": text}
+        return "denoiser" if denoiser_folder(text) else "pretrained", {"path": text}
     glob = any(mark in text for mark in "*?\\")
     if glob or text.startswith((".", "/", "~")) or "." in text.rsplit("/")[-1] or _exists(text):
         return "files", {"path": text}
@@ -218,6 +216,19 @@ def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
 def part_class(kind: str, spec: Any) -> Any:
     """Return the class of a part that a checked specification names."""
     return parts.load(kind, split_spec(kind, spec)[0])
+
+
+def record_of(kind: str, spec: Any) -> parts.Record | None:
+    """Return the catalogue's record of the part that a recipe names; None where the name is wrong or missing.
+
+    Args:
+        kind: kind of the part.
+        spec: what the recipe says.
+    """
+    try:
+        return parts.find(kind, split_spec(kind, spec)[0])
+    except HoneError:
+        return None
 
 
 def build_part(kind: str, spec: Any) -> Any:

@@ -155,7 +155,8 @@ def add(kind: str, name: str, cls: T) -> T:
     if not name or ":" in name or any(record.kind == kind and record.name == name for record in catalogue()):
         raise HoneError(f"'{name}' cannot be the name of a {kind} of your own: it is empty, has a colon, or is taken")
     doc, place = cls.__doc__ or "", (cls.__module__, cls.__qualname__)
-    _added[kind, name] = Record(kind, name, (), "", "", doc, (), *place, path="", line=0), cls
+    medium = getattr(cls, "medium", "text")
+    _added[kind, name] = Record(kind, name, (), "", "", doc, (), *place, path="", line=0, medium=medium), cls
     cls.kind, cls.name = kind, name  # type: ignore[attr-defined]
     return cls
 

@@ -29,6 +29,9 @@ class Guess(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.place.expand_as(x)
 
+    def guided(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+        return self(x, sigma, labels)
+
 
 def tiny(kind: Kind = "edm", classes: int = 0, seed: int = 0) -> Denoiser:
     """Return a denoiser of points in float64 whose output is not zero."""

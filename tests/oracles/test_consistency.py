@@ -22,12 +22,11 @@ from hone.objectives.consistency import (
     ConsistencyTraining,
     EasyConsistencyTuning,
     ImprovedConsistencyTraining,
-    cauchy,
     lognormal_places,
     pseudo_huber,
 )
 from hone.objectives.continuous import ContinuousConsistency, forward_derivative, tangent, trig_output
-from hone.objectives.latent_consistency import RobustConsistencyTraining, nearest_noise
+from hone.objectives.latent_consistency import RobustConsistencyTraining, cauchy, nearest_noise
 from hone.objectives.noise_consistency import NoiseConsistency, quadrant
 from hone.objectives.stochastic_consistency import StochasticDistillation
 from hone.objectives.teachers import Truth

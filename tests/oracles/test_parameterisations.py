@@ -24,15 +24,15 @@ def test_network_outputs_are_the_published_targets():
     x, a = clean + sigma * n, 1 / (1 + sigma**2).sqrt()
     t = flow_time(sigma)
     close(Parameterisation("flow").coefficients(sigma).inside * x, (1 - t) * clean + t * n, 1e-12)
-    close(Parameterisation("flow").target(clean, x, sigma), n - clean, 1e-9)
+    close(Parameterisation("flow").output(clean, x, sigma), n - clean, 1e-9)
     t = trig_time(sigma, data)
     trig = Parameterisation("trigflow", data)
     close(trig.coefficients(sigma).inside * x * data, t.cos() * clean + t.sin() * data * n, 1e-12)
-    close(trig.target(clean, x, sigma) * data, t.cos() * data * n - t.sin() * clean, 1e-9)
+    close(trig.output(clean, x, sigma) * data, t.cos() * data * n - t.sin() * clean, 1e-9)
     close(Parameterisation("vp-eps").coefficients(sigma).inside * x, a * clean + a * sigma * n, 1e-12)
-    close(Parameterisation("vp-eps").target(clean, x, sigma), n, 1e-9)
-    close(Parameterisation("vp-v").target(clean, x, sigma), a * n - a * sigma * clean, 1e-9)
-    close(Parameterisation("x0").target(clean, x, sigma), clean, 1e-12)
+    close(Parameterisation("vp-eps").output(clean, x, sigma), n, 1e-9)
+    close(Parameterisation("vp-v").output(clean, x, sigma), a * n - a * sigma * clean, 1e-9)
+    close(Parameterisation("x0").output(clean, x, sigma), clean, 1e-12)
 
 
 def test_times_and_back():

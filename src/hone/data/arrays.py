@@ -131,9 +131,6 @@ class ArraySource:
         return iter(())
 
 
-RINGS: dict[str, Callable[[int], Mixture]] = {}
-
-
 def _ring(modes: int, radius: float, scale: float) -> Mixture:
     angles = 2 * math.pi * torch.arange(modes, dtype=torch.float64) / modes
     means = radius * torch.stack([angles.cos(), angles.sin()], dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from hone.data.sample import Sample
 from hone.data.source import Overlong, Source, Split
 from hone.errors import DataError
 from hone.parts import find
-from hone.text.pack import Packed, Tree, pack
+from hone.text.pack import Tree, pack
 
 if TYPE_CHECKING:
     from hone.text.render import Renderer
@@ -221,24 +221,26 @@ class Opened:
 
 @dataclass(frozen=True)
 class Batches:
-    """One pass over the data in packed batches, the same each time it is iterated.
+    """One pass over the data in batches, the same each time it is iterated.
 
     Args:
         opened: the data.
         batch_tokens: most tokens in one batch.
         seed: seeds the order.
         device: where the batches are wanted.
+        collate: makes a batch of the units of a step.
     """
 
-    opened: Opened
+    opened: Any
     batch_tokens: int
     seed: int
     device: torch.device | str
+    collate: Callable[..., Any] = pack
 
-    def __iter__(self) -> Iterator[Packed]:
+    def __iter__(self) -> Iterator[Any]:
         """Yield the batches."""
         for trees in self.opened.loader(self.batch_tokens, self.seed, 1, workers=0):
-            yield pack(trees).to(self.device)
+            yield self.collate(trees).to(self.device)
 
 
 def open_data(

@@ -73,21 +73,6 @@ def consistency_chain(model: Any, steps: int, *, last: float = 0.0) -> list[Link
     return [Link(now, 1.0, 0.0, noise) for now, noise in zip(sigmas, [*added, last], strict=False)]
 
 
-def denoise(model: Any, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-    """Return D(x, sigma), under classifier-free guidance where that is not 1.
-
-    Args:
-        model: the denoiser.
-        x: (B, *shape).
-        sigma: (B,) noise levels, or one.
-        labels: (B,) classes, -1 for none; None for none at all.
-        guidance: of classifier-free guidance.
-    """
-    found: Tensor
-    found = model(x, sigma, labels) if guidance == 1.0 else model.guided(x, sigma, labels, guidance)
-    return found
-
-
 def follow(
     model: Any, links: Sequence[Link], start: Tensor, noise: Callable[[int], Tensor], labels: Tensor | None,
     *, guidance: float = 1.0, free: int = 0,
@@ -107,7 +92,7 @@ def follow(
     for number, link in enumerate(links):
         x = states[-1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and number >= free):
-            denoised = denoise(model, x, torch.tensor(link.sigma, dtype=torch.float64).to(x), labels, guidance)
+            denoised = model.guided(x, torch.tensor(link.sigma, dtype=torch.float64).to(x), labels, guidance)
             moved = link.ours * denoised + link.stays * x
         states.append(moved + link.noise * noise(number) if link.noise else moved)
     return states
@@ -130,7 +115,7 @@ def means(model: Any, links: Sequence[Link], states: Tensor, labels: Tensor | No
     )
     flat = states.flatten(0, 1)
     told = None if labels is None else labels.repeat(len(links))
-    denoised = denoise(model, flat, sigma, told, guidance)
+    denoised = model.guided(flat, sigma, told, guidance)
     return (spread(ours, flat) * denoised + spread(stays, flat) * flat).unflatten(0, (len(links), count))
 
 

@@ -42,7 +42,8 @@ class Critic(nn.Module):
         with torch.no_grad():
             example = torch.zeros(1, *denoiser.shape, device=parameter.device, dtype=parameter.dtype)
             found = self.features(example, torch.ones(1).to(parameter), None)
-        self.heads = nn.ModuleList(Head(features.shape[1], features.dim()) for features in found).to(parameter)
+        self.sizes = [(features.shape[1], features.dim()) for features in found]  # channels and dimensions
+        self.heads = nn.ModuleList(Head(*size) for size in self.sizes).to(parameter)
 
     def features(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> list[Tensor]:
         """Return the features of noisy arrays, channels second: a list of (B, C) or (B, C, ...).

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from hone.diffusion.items import Batch, Item, collate
 from hone.diffusion.levels import Parameterisation, spread
+from hone.diffusion.saved import FILE, WEIGHTS, denoiser_folder
 from hone.errors import HoneError, ModelError
 from hone.files import write_whole
-
-FILE, WEIGHTS = "denoiser.json", "model.safetensors"
 
 
 class Denoiser(nn.Module):
@@ -197,11 +196,10 @@ class Denoiser(nn.Module):
         """
         from hone import options
 
-        folder = Path(folder)
-        folder = folder / "model" if (folder / "model" / FILE).is_file() else folder
-        if not (folder / FILE).is_file():
+        place = denoiser_folder(folder)
+        if place is None:
             raise HoneError(f"there is no denoiser in '{folder}': expected a finished run or a folder with {FILE}")
-        record = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        record = json.loads((place / FILE).read_text(encoding="utf-8"))
         shape = tuple(record["shape"])
         network = options.build_part("network", record["network"]).build(shape, record["classes"])
         kept = Parameterisation(record["parameterisation"], record["sigma_data"], record["sigma_min"])
@@ -211,5 +209,5 @@ class Denoiser(nn.Module):
         if record["extras"]:
             made.widen(record["extras"])
         made.to(device=device, dtype=dtype)  # before the weights, which may be wider than a fresh network's
-        network.load_state_dict(load_file(folder / WEIGHTS))
+        network.load_state_dict(load_file(place / WEIGHTS))
         return made

@@ -75,13 +75,23 @@ class Conditioned(nn.Module):
         """
         found = self.embed_noise(self.features(noise))
         if self.embed_class is not None:
-            none = torch.full_like(noise, self.classes, dtype=torch.int64)
-            chosen = none if labels is None else torch.where(labels < 0, none, labels)
-            found = found + self.embed_class(chosen)
+            found = found + self.embed_class(rows_of(labels, noise, self.classes))
         if extras is not None:
             for layer, values in zip(self.embed_extras, extras.unbind(-1), strict=True):
                 found = found + layer(self.features(values))
         return F.silu(found)
+
+
+def rows_of(labels: Tensor | None, noise: Tensor, classes: int) -> Tensor:
+    """Return the row (B,) that each array has in a table of classes whose last one stands for "none".
+
+    Args:
+        labels: (B,) int64, -1 for none; None for none at all.
+        noise: (B,), of which B and the device are taken.
+        classes: how many there are.
+    """
+    none = torch.full_like(noise, classes, dtype=torch.int64)
+    return none if labels is None else torch.where(labels < 0, none, labels)
 
 
 def _zeroed(layer: nn.Module) -> Any:
@@ -383,7 +393,6 @@ class Diffusers(nn.Module):
             raise HoneError("this objective shows its network a second number, which diffusers' networks do not take")
         given: dict[str, Any] = {}
         if self.classes:
-            none = torch.full_like(noise, self.classes, dtype=torch.int64)
-            given["class_labels"] = none if labels is None else torch.where(labels < 0, none, labels)
+            given["class_labels"] = rows_of(labels, noise, self.classes)
         found: Any = self.network(x, 1000 * noise, **given)
         return found.sample

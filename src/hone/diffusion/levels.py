@@ -102,26 +102,16 @@ class Parameterisation:
         plain = replace(self, kind="edm") if self.kind == "consistency" else self
         return plain.coefficients(sigma).out
 
-    def target(self, clean: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Return what the network shall put out so that the denoised array is `clean`: (clean - c_skip x) / c_out.
-
-        Args:
-            clean: (B, *shape).
-            noisy: (B, *shape).
-            sigma: (B, 1, ...) noise levels that broadcast against the arrays.
-        """
-        found = self.coefficients(sigma)
-        return (clean - found.skip * noisy) / found.out
-
     def output(self, denoised: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
-        """Return the network output that stands for a denoised array, as if a network had this parameterisation.
+        """Return the network output that stands for a denoised array: (D - c_skip x) / c_out.
 
         Args:
             denoised: (B, *shape) D(x, sigma), of any network.
             noisy: (B, *shape) x.
-            sigma: (B, 1, ...) noise levels.
+            sigma: (B, 1, ...) noise levels that broadcast against the arrays.
         """
-        return self.target(denoised, noisy, sigma)
+        found = self.coefficients(sigma)
+        return (denoised - found.skip * noisy) / found.out
 
 
 def flow_time(sigma: Tensor) -> Tensor:

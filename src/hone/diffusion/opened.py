@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,9 @@ import torch
 
 from hone.data.arrays import ArraySource
 from hone.data.loader import Loader
+from hone.data.open import Batches
 from hone.data.source import Split
-from hone.diffusion.items import Batch, Collection, Item, collate
+from hone.diffusion.items import Collection, Item, collate
 
 
 @dataclass
@@ -69,30 +69,7 @@ class Arrays:
             seed: seeds the order.
             device: where the batches are wanted.
         """
-        return Batches(self, batch_tokens, seed, device)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """One pass over the arrays, the same each time it is iterated.
-
-    Args:
-        opened: the data.
-        batch_tokens: most arrays in one batch.
-        seed: seeds the order.
-        device: where the batches are wanted.
-    """
-
-    opened: Arrays
-    batch_tokens: int
-    seed: int
-    device: torch.device | str
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches."""
-        for items in self.opened.loader(self.batch_tokens, self.seed, 1):
-            made: Any = items
-            yield collate(made).to(self.device)
+        return Batches(self, batch_tokens, seed, device, collate)
 
 
 def open_arrays(source: ArraySource, split: Split = "train") -> Arrays:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from hone.diffusion.denoiser import FILE, Denoiser
+from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import Kind, Parameterisation
 from hone.diffusion.networks import MLP, UNet
+from hone.diffusion.saved import denoiser_folder
 from hone.errors import ModelError
 from hone.options import Nested
 from hone.parts import part
@@ -47,8 +47,7 @@ class Denoisers:
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong, without loading anything."""
         if self.path not in ("", "base"):  # "base" stands for a stage that has not run yet
-            folder = Path(self.path).expanduser()
-            if not (folder / FILE).is_file() and not (folder / "model" / FILE).is_file():
+            if denoiser_folder(self.path) is None:
                 yield (
                     "path",
                     f"there is no denoiser in '{self.path}'; expected a finished run of one, or its model folder",

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from hone.diffusion.denoiser import FILE, Denoiser
+from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.drawing import draw, same_noise
 from hone.diffusion.judge import ArrayJudges, judge
 from hone.diffusion.opened import open_arrays
@@ -19,11 +19,6 @@ from hone.files import write_whole
 from hone.modes import evaluating
 from hone.options import build_part
 from hone.recipe import Recipe
-
-
-def is_denoiser(folder: Path | str) -> bool:
-    """Return whether a model folder, or a run, holds a denoiser."""
-    return any((place / FILE).is_file() for place in (Path(folder), Path(folder) / "model"))
 
 
 def ready(recipe: Recipe, model: Denoiser, folder: Path) -> Any:

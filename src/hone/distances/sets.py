@@ -154,14 +154,9 @@ def mmd(left: Tensor, right: Tensor, scale: float, exponents: list[float]) -> Te
     )
 
 
-@part(
-    "distance", "precision",
-    papers=[("Improved Precision and Recall Metric for Assessing Generative Models", "arXiv:1904.06991")],
-    claim="Precision falls where samples leave the data, and not where they cover less of it.",
-)  # fmt: skip
 @dataclass(kw_only=True)
-class Precision(Distance):
-    """The share of generated rows that lie within the real set: nearer to some real row than its k-th neighbour is.
+class Neighbourhood(Distance):
+    """A share of rows that lie within a set: nearer to some row of it than that row's k-th neighbour there is.
 
     Args:
         neighbours: k.
@@ -170,6 +165,26 @@ class Precision(Distance):
     higher_is_better: ClassVar[bool] = True
     neighbours: Annotated[int, Field(ge=1)] = 3
 
+    def inside(self, rows: Tensor, others: Tensor) -> float:
+        """Return the share.
+
+        Args:
+            rows: (N, d) float64.
+            others: (M, d) float64, the set.
+        """
+        radius = torch.cdist(others, others).kthvalue(self.neighbours + 1, dim=1).values  # the first is the row itself
+        return float((torch.cdist(rows, others) <= radius).any(dim=1).double().mean())
+
+
+@part(
+    "distance", "precision",
+    papers=[("Improved Precision and Recall Metric for Assessing Generative Models", "arXiv:1904.06991")],
+    claim="Precision falls where samples leave the data, and not where they cover less of it.",
+)  # fmt: skip
+@dataclass(kw_only=True)
+class Precision(Neighbourhood):
+    """The share of generated rows that lie within the real set: nearer to some real row than its k-th neighbour is."""
+
     def between(self, generated: Tensor, real: Tensor) -> float:
         """Return the share.
 
@@ -177,7 +192,7 @@ class Precision(Distance):
             generated: (N, d) float64.
             real: (M, d) float64.
         """
-        return _inside(generated, real, self.neighbours)
+        return self.inside(generated, real)
 
 
 @part(
@@ -186,15 +201,8 @@ class Precision(Distance):
     claim="Recall falls where samples cover less of the data.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class Recall(Distance):
-    """The share of real rows that lie within the generated set, in the same sense as for `precision`.
-
-    Args:
-        neighbours: k.
-    """
-
-    higher_is_better: ClassVar[bool] = True
-    neighbours: Annotated[int, Field(ge=1)] = 3
+class Recall(Neighbourhood):
+    """The share of real rows that lie within the generated set, in the same sense as for `precision`."""
 
     def between(self, generated: Tensor, real: Tensor) -> float:
         """Return the share.
@@ -203,13 +211,7 @@ class Recall(Distance):
             generated: (N, d) float64.
             real: (M, d) float64.
         """
-        return _inside(real, generated, self.neighbours)
-
-
-def _inside(rows: Tensor, others: Tensor, neighbours: int) -> float:
-    """Return the share of rows in some ball around another set's row that reaches its k-th neighbour in its own set."""
-    radius = torch.cdist(others, others).kthvalue(neighbours + 1, dim=1).values  # the first is the row itself
-    return float((torch.cdist(rows, others) <= radius).any(dim=1).double().mean())
+        return self.inside(real, generated)
 
 
 @part(

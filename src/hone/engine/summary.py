@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hone.diffusion.saved import denoiser_folder
 from hone.engine.folder import RunFolder
 from hone.engine.progress import clock
 
@@ -42,7 +43,7 @@ def summary(result: dict[str, Any]) -> list[str]:
 def _unit(result: dict[str, Any]) -> str:
     """Return what a run counts: tokens, or arrays."""
     model = result.get("model")
-    return "arrays" if model and (Path(model) / "denoiser.json").is_file() else "tokens"
+    return "arrays" if model and denoiser_folder(model) else "tokens"
 
 
 def _answers(path: Path) -> list[str]:

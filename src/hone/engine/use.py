@@ -10,7 +10,8 @@ import torch
 from hone.adapters.base import CONFIG_FILE, reader
 from hone.data.open import open_data
 from hone.data.sample import Message, Sample
-from hone.diffusion.use import evaluate_arrays, is_denoiser, sample_arrays
+from hone.diffusion.saved import denoiser_folder
+from hone.diffusion.use import evaluate_arrays, sample_arrays
 from hone.engine import evaluate
 from hone.engine.assemble import acquaint, evaluation_data
 from hone.engine.checkpoint import staged
@@ -62,7 +63,7 @@ def sample_run(
         HoneError: there is no prompt and no run to take some from.
     """
     folder, recipe = _model_folder(path)
-    if is_denoiser(folder):
+    if denoiser_folder(folder):
         if prompts:
             raise HoneError("this run's model draws arrays and takes no --prompt; say how many with --samples")
         return sample_arrays(path, Path(folder), recipe, 64 if samples == 1 else samples, seed)
@@ -133,7 +134,7 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     folder = RunFolder.open(path)
     require_finished(folder)
     recipe = stages_of(Recipe.load(folder.path / "recipe.yaml", overrides), folder)[-1]
-    if is_denoiser(folder.path / "model"):
+    if denoiser_folder(folder.path / "model"):
         return evaluate_arrays(folder.path / "model", recipe)
     cluster = Cluster(recipe.device, recipe.precision)
     model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
@@ -154,7 +155,7 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
 
 def _check_exportable(made: Path, to: str, dtype: str) -> None:
     """Refuse what there is not: formats, the adapter of a run without one, the merged model of one that cannot be."""
-    if is_denoiser(made):
+    if denoiser_folder(made):
         raise HoneError(f"{made} holds a denoiser, whole and in safetensors already: there is nothing to export")
     if to not in ("hf", "peft"):
         raise HoneError(f"--to: expected hf or peft, got '{to}'")

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from hone.diffusion.critics import Critic, Game, Head, critic_loss, generator_loss
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import spread
-from hone.modes import frozen
-from hone.objectives.arrays import Positive, Share
+from hone.objectives.arrays import Share
 from hone.objectives.base import Turn
-from hone.objectives.generators import Drawn, Generator, Strength
+from hone.objectives.generators import Contested, Drawn, Strength
 from hone.objectives.matching import fake_network
 from hone.objectives.teachers import add_player, load_teacher
 from hone.parts import part
@@ -42,8 +41,6 @@ class Pool(Critic):
         """
         super().__init__(denoiser)
         self.parts, self.copies = parts, copies
-        first: Any = self.heads
-        self.sizes: list[tuple[int, int]] = [(head.first.in_features, head.dimensions) for head in first]
         self.heads = nn.ModuleList(
             self.fresh(number) for number in range(parts * len(self.sizes) * copies)
         ).to(next(denoiser.parameters()))  # fmt: skip
@@ -109,7 +106,7 @@ class Pool(Critic):
     "authors' code is not public; so is the loss, a hinge.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class NitroFusion(Generator):
+class NitroFusion(Contested):
     """Dynamic adversarial training: heads grouped by noise level judge noisy generated arrays against the teacher's.
 
     critic: max(0, 1 - l(real)) + max(0, 1 + l(fake));  generator: -l(fake), the mean over the heads drawn for the step
@@ -138,9 +135,7 @@ class NitroFusion(Generator):
     refresh: Share = 0.01
     game: Game = "hinge"
     critic_updates: Annotated[int, Field(ge=1, le=99)] = 1
-    critic_rate: Positive = 1.0
     _teacher: Any = field(init=False, default=None, repr=False)
-    _pool: Any = field(init=False, default=None, repr=False)
     _chosen: list[list[int]] = field(init=False, default_factory=list, repr=False)
 
     def prepare(self, run: Any) -> None:
@@ -152,8 +147,8 @@ class NitroFusion(Generator):
         super().prepare(run)
         self._teacher = load_teacher(self.teacher, run)
         self._range = (self._teacher.sigma_min, self._teacher.sigma_max)
-        self._pool = Pool(fake_network(None, self._teacher, run.model), self.parts, self.copies)
-        add_player(run, "heads", self._pool, self.critic_rate)
+        self._critic = Pool(fake_network(None, self._teacher, run.model), self.parts, self.copies)
+        add_player(run, "heads", self._critic, self.critic_rate)
         self.watch("heads/loss", 2.0)
 
     def before_step(self, run: Any, trees: Any) -> None:
@@ -167,22 +162,9 @@ class NitroFusion(Generator):
         generator = torch.Generator().manual_seed(run.recipe.seed * 1_000_003 + run.step)
         self._chosen = []
         for number in range(self.parts):
-            places = self._pool.of_part(number)
+            places = self._critic.of_part(number)
             order = torch.randperm(len(places), generator=generator)[: max(1, round(self.drawn * len(places)))]
             self._chosen.append([places[i] for i in order.tolist()])
-
-    def turns(self, model: Any, batch: Any) -> Iterator[Turn]:
-        """Yield the heads' turns and then the generator's.
-
-        Args:
-            model: the generator.
-            batch: B real arrays.
-        """
-        for number in range(self.critic_updates):
-            yield self.critic_turn(model, batch, str(number))
-        with frozen(self._pool):
-            turn = self.generator_turn(model, batch)
-        yield turn
 
     def critic_turn(self, model: Any, batch: Any, turn: str) -> Turn:
         """Return the loss of the heads that were drawn.
@@ -197,7 +179,7 @@ class NitroFusion(Generator):
             real = self.real_arrays(model, batch, turn)
             real = real + spread(drawn.sigma, real) * self.normal(batch, f"r{turn}")
         losses = torch.zeros_like(drawn.sigma)
-        for mine, (fake, right), count in self._pool.logits(drawn, self._chosen, real):
+        for mine, (fake, right), count in self._critic.logits(drawn, self._chosen, real):
             losses = losses.index_add(0, mine, critic_loss(right, fake, self.game) / count)
         return Turn("heads", losses.sum())
 
@@ -223,7 +205,7 @@ class NitroFusion(Generator):
             drawn: B generated arrays with noise.
         """
         losses = torch.zeros_like(drawn.sigma)
-        for mine, (fake,), count in self._pool.logits(drawn, self._chosen):
+        for mine, (fake,), count in self._critic.logits(drawn, self._chosen):
             losses = losses.index_add(0, mine, generator_loss(fake, self.game) / count)
         return losses, {}
 
@@ -237,12 +219,12 @@ class NitroFusion(Generator):
         """
         super().after_step(run, row)
         generator = torch.Generator().manual_seed(run.recipe.seed * 1_000_003 + run.step)
-        gone = (torch.rand(len(self._pool.heads), generator=generator) < self.refresh).nonzero().flatten().tolist()
+        gone = (torch.rand(len(self._critic.heads), generator=generator) < self.refresh).nonzero().flatten().tolist()
         optimizer = run.players["heads"].optimizer
         for number in gone:
             with torch.random.fork_rng():
                 torch.manual_seed((run.recipe.seed * 1_000_003 + run.step) * 10_007 + number)
-                made = self._pool.fresh(number)
-            for old, new in zip(self._pool.heads[number].parameters(), made.parameters(), strict=True):
+                made = self._critic.fresh(number)
+            for old, new in zip(self._critic.heads[number].parameters(), made.parameters(), strict=True):
                 old.copy_(new)
                 optimizer.state.pop(old, None)

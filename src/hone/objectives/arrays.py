@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hone.diffusion.levels import from_flow_time, from_trig_time
+from hone.diffusion.levels import from_flow_time, from_trig_time, spread
 from hone.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Levels = Literal["lognormal", "loguniform", "flow", "flow-lognormal", "trig-lognormal"]
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,25 @@ class ArrayObjective(Objective):
         self._seed, self._count, self._drawn = (run.recipe.seed, run.step + 1), len(items), {}
         self._progress = run.step / max(1, run.total)
 
-    def some_labels(self, model: Any, batch: Batch, dropped: float) -> Tensor | None:
+    def drawn_levels(
+        self, model: Any, batch: Batch, stream: str, kind: Levels = "lognormal", *, mean: float, std: float
+    ) -> Tensor:
+        """Return a noise level for each array (B,), float64, within the model's range.
+
+        Args:
+            model: the denoiser.
+            batch: B arrays.
+            stream: name of this draw.
+            kind: of their distribution (`noise_levels`).
+            mean: of the normal ones.
+            std: of the normal ones.
+        """
+        return noise_levels(
+            self.uniform(batch, stream), kind, mean=mean, std=std, sigma_min=model.sigma_min,
+            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
+        )  # fmt: skip
+
+    def some_labels(self, model: Any, batch: Batch, dropped: float = 0.0) -> Tensor | None:
         """Return the classes (B,), a share of them left out in training; None for data without.
 
         Args:
@@ -112,6 +131,19 @@ class ArrayObjective(Objective):
         return self._drawn[stream][batch.places]
 
 
+def output_error(net: Any, guess: Tensor, aim: Tensor, sigma: Tensor) -> Tensor:
+    """Return |guess - aim|^2 / c_out(s)^2 of each array (B,), the mean: the squared error of the network's own output.
+
+    Args:
+        net: the denoiser, whose parameterisation says what its output is.
+        guess: (B, *shape) denoised arrays.
+        aim: (B, *shape) what they shall be.
+        sigma: (B,) noise levels.
+    """
+    scale = spread(net.parameterisation.error_scale(sigma), aim)
+    return ((guess - aim) / scale).square().flatten(1).mean(1)
+
+
 def squared(left: Tensor, right: Tensor) -> Tensor:
     """Return the mean squared difference of each array (B,).
 
@@ -123,7 +155,7 @@ def squared(left: Tensor, right: Tensor) -> Tensor:
 
 
 def noise_levels(
-    uniforms: Tensor, kind: Literal["lognormal", "loguniform", "flow", "flow-lognormal", "trig-lognormal"],
+    uniforms: Tensor, kind: Levels,
     *, mean: float, std: float, sigma_min: float, sigma_max: float, sigma_data: float = 0.5,
 ) -> Tensor:  # fmt: skip
     """Return noise levels of a distribution, by its quantiles.

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.levels import karras, spread
-from hone.objectives.arrays import ArrayObjective, Positive, Share, noise_levels, squared
+from hone.objectives.arrays import ArrayObjective, Positive, Share, squared
 from hone.objectives.teachers import Mean, load_teacher
 from hone.parts import part
 
@@ -42,17 +42,6 @@ def pseudo_huber(left: Tensor, right: Tensor, c: float) -> Tensor:
         c: where it turns from square to linear.
     """
     return ((left - right).square().flatten(1).sum(1) + c**2).sqrt() - c
-
-
-def cauchy(left: Tensor, right: Tensor, c: float) -> Tensor:
-    """Return log(1 + |l - r|^2 / (2 c^2)) of each array (B,), which grows slower than any power.
-
-    Args:
-        left: (B, *shape).
-        right: (B, *shape).
-        c: scale.
-    """
-    return ((left - right).square().flatten(1).sum(1) / (2 * c**2)).log1p()
 
 
 def huber_constant(size: int) -> float:
@@ -79,6 +68,16 @@ class Consistency(ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
+        losses, guess = self.parts(model, batch)
+        return self.total(model, batch, losses, guess), {}
+
+    def parts(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the weighted distances (B,), and f(x_t, t) (B, *shape).
+
+        Args:
+            model: the denoiser.
+            batch: B arrays.
+        """
         later, sooner, weight = (value.to(batch.arrays) for value in self.pair(model, batch))
         labels = self.some_labels(model, batch, self.drop_labels)
         noise = self.noise(batch)
@@ -91,7 +90,7 @@ class Consistency(ArrayObjective):
             aim = self.target(model)(nearer, sooner, labels)
             clean = spread(sooner <= 0, aim)  # at no noise the answer is known, and c_noise may be -inf
             aim = torch.where(clean, nearer, aim.nan_to_num())
-        return self.total(model, batch, (weight * self.apart(guess, aim)), guess), {}
+        return weight * self.apart(guess, aim), guess
 
     def total(self, model: Any, batch: Any, losses: Tensor, guess: Tensor) -> Tensor:
         """Return the sum of the losses (B,), with whatever a method adds.
@@ -393,10 +392,7 @@ class EasyConsistencyTuning(Consistency):
             model: the denoiser.
             batch: B arrays.
         """
-        later = noise_levels(
-            self.uniform(batch, "pair").cpu(), "lognormal", mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max,
-        )  # fmt: skip
+        later = self.drawn_levels(model, batch, "pair", mean=self.mean, std=self.std).cpu()
         gap = (1 + self.k * torch.sigmoid(-self.b * later)) / self.q ** (int(self._progress * self.stages) + 1)
         sooner = (later * (1 - gap)).clamp(min=0)
         return later, sooner, 1 / (later - sooner)
@@ -422,7 +418,6 @@ class Distillation(Follows, Consistency):
         guidance: of the teacher, by classifier-free guidance.
     """
 
-    starts_from_teacher: ClassVar[bool] = True
     teacher: str
     levels: Count = 18
     decay: Share = 0.95

@@ -17,12 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from hone.diffusion.critics import Critic, critic_loss, generator_loss
 from hone.diffusion.layers import Fourier
 from hone.diffusion.levels import from_trig_time, spread, trig_time
-from hone.objectives.arrays import ArrayObjective, Positive, Share, noise_levels
+from hone.objectives.arrays import ArrayObjective, Positive, Share
 from hone.objectives.base import Turn
-from hone.objectives.teachers import add_player, load_teacher
+from hone.objectives.judged import Judged
+from hone.objectives.teachers import load_teacher
 from hone.parts import part
 
 Strength = Annotated[float, Field(ge=0)]
@@ -148,10 +148,7 @@ class ContinuousConsistency(ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
-        sigma = noise_levels(
-            self.uniform(batch, "level"), "lognormal", mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max,
-        )  # fmt: skip
+        sigma = self.drawn_levels(model, batch, "level", mean=self.mean, std=self.std)
         return trig_time(sigma, model.sigma_data).to(batch.arrays)
 
     def parts(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -161,7 +158,7 @@ class ContinuousConsistency(ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
-        time, labels = self.times(model, batch), batch.labels if model.classes else None
+        time, labels = self.times(model, batch), self.some_labels(model, batch)
         wide, noise = spread(time, batch.arrays), model.sigma_data * self.normal(batch)
         scaled = wide.cos() * batch.arrays + wide.sin() * noise
         velocity = wide.cos() * noise - wide.sin() * batch.arrays
@@ -201,25 +198,18 @@ class ContinuousConsistency(ArrayObjective):
     "dense time embedding of the network are left out; the share of the highest noise level is from the paper's text.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class SanaSprint(ContinuousConsistency):
+class SanaSprint(Judged, ContinuousConsistency):
     """Continuous-time consistency distillation of any teacher, with a hinge loss on heads over its frozen features.
 
     L = L_scm + adversarial max(0, ...) as `critic_loss` and `generator_loss` on arrays that are made noisy again
 
     Args:
         teacher: a run of a denoiser, or "stage:N".
-        adversarial: strength of the adversarial loss.
         highest: share of the arrays that start from the highest noise level, as one-step generation does.
-        critic_mean: of the log of the noise level at which the critic looks.
-        critic_std: of the same.
     """
 
     teacher: str = field()
-    adversarial: Strength = 0.5
     highest: Share = 0.5
-    critic_mean: float = -0.4
-    critic_std: Positive = 1.0
-    _critic: Any = field(init=False, default=None, repr=False)
 
     def setup(self, run: Any) -> None:
         """Load the teacher and let its heads train.
@@ -228,8 +218,7 @@ class SanaSprint(ContinuousConsistency):
             run: the run in progress.
         """
         super().setup(run)
-        self._critic = Critic(self._teacher)
-        add_player(run, "critic", self._critic)
+        self.seat(run, self._teacher)
 
     def times(self, model: Any, batch: Any) -> Tensor:
         """Return the times t (B,), a share of them the last one.
@@ -250,17 +239,7 @@ class SanaSprint(ContinuousConsistency):
             batch: B arrays.
         """
         errors, made = self.parts(model, batch)
-        labels = batch.labels if model.classes else None
-        sigma = noise_levels(
-            self.uniform(batch, "critic"), "lognormal", mean=self.critic_mean, std=self.critic_std,
-            sigma_min=model.sigma_min, sigma_max=model.sigma_max,
-        ).to(batch.arrays)  # fmt: skip
-        added = spread(sigma, made) * self.normal(batch, "critic noise")
-        self._critic.heads.requires_grad_(False)
-        fooled = generator_loss(self._critic(made + added, sigma, labels))
+        fooled = self.doubts(model, batch, made)
         figures = {"consistency": errors.detach().sum(), "fooled": fooled.detach().sum()}
         yield Turn("model", (errors + self.adversarial * fooled).sum(), figures)
-        self._critic.heads.requires_grad_(True)
-        real = self._critic(batch.arrays + added, sigma, labels)
-        fake = self._critic(made.detach() + added, sigma, labels)
-        yield Turn("critic", critic_loss(real, fake).sum())
+        yield self.critic_turn(model, batch, made)

@@ -14,9 +14,8 @@ from torch import Tensor
 from hone.diffusion.drawing import solve
 from hone.diffusion.encoders import training_data
 from hone.diffusion.levels import spread
-from hone.objectives.arrays import ArrayObjective, Positive, noise_levels
+from hone.objectives.arrays import ArrayObjective, Levels, Positive
 from hone.objectives.consistency import Count
-from hone.objectives.denoising import Levels
 from hone.options import Nested
 from hone.parts import part
 from hone.solvers.ode import Heun
@@ -132,10 +131,7 @@ class DDO(ArrayObjective):
             batch: B arrays.
         """
         assert self._pool is not None
-        sigma = noise_levels(
-            self.uniform(batch, "level"), self.levels, mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
-        ).to(batch.arrays)  # fmt: skip
+        sigma = self.drawn_levels(model, batch, "level", self.levels, mean=self.mean, std=self.std).to(batch.arrays)
         noise = spread(sigma, batch.arrays) * self.normal(batch)
         chosen = (self.uniform(batch, "fake") * self.drawn).long().clamp(max=self.drawn - 1)
         arrays, labels = (kept[chosen.to(kept.device)] for kept in self._pool)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from hone.diffusion.levels import spread
-from hone.objectives.arrays import ArrayObjective, Positive, Share, noise_levels
+from hone.objectives.arrays import ArrayObjective, Levels, Positive, Share, output_error
 from hone.parts import part
-
-Levels = Literal["lognormal", "loguniform", "flow", "flow-lognormal", "trig-lognormal"]
 
 
 @part(
@@ -55,9 +53,7 @@ class Denoise(ArrayObjective):
         sigma = self.sigmas(model, batch)
         noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch)
         labels = self.some_labels(model, batch, self.drop_labels)
-        out = model.parameterisation.error_scale(sigma)
-        errors = (model(noisy, sigma, labels) - batch.arrays) / spread(out, batch.arrays)
-        return errors.square().flatten(1).mean(1).sum(), {}
+        return output_error(model, model(noisy, sigma, labels), batch.arrays, sigma).sum(), {}
 
     def sigmas(self, model: Any, batch: Any) -> Tensor:
         """Return the noise level of each array (B,).
@@ -66,7 +62,4 @@ class Denoise(ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
-        return noise_levels(
-            self.uniform(batch, "level"), self.levels, mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
-        ).to(batch.arrays)  # fmt: skip
+        return self.drawn_levels(model, batch, "level", self.levels, mean=self.mean, std=self.std).to(batch.arrays)

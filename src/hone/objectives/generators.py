@@ -21,7 +21,8 @@ from torch import Tensor
 
 from hone.diffusion.levels import spread
 from hone.errors import ModelError
-from hone.objectives.arrays import ArrayObjective, Positive, Share
+from hone.modes import frozen
+from hone.objectives.arrays import ArrayObjective, Positive, Share, output_error
 from hone.objectives.base import Turn
 from hone.objectives.teachers import load_teacher
 from hone.objectives.watch import Watch
@@ -76,9 +77,8 @@ def denoising(net: Any, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Ten
         labels: (B,) classes, None for none.
         extras: (B, k) further numbers that it is shown, if any.
     """
-    out = net.parameterisation.error_scale(sigma)
-    errors = (net(clean + spread(sigma, clean) * noise, sigma, labels, *extras) - clean) / spread(out, clean)
-    return errors.square().flatten(1).mean(1)
+    guess = net(clean + spread(sigma, clean) * noise, sigma, labels, *extras)
+    return output_error(net, guess, clean, sigma)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ class Generator(ArrayObjective):
             model: the generator.
             batch: B real arrays.
         """
-        labels: Tensor | None = batch.labels if model.classes else None
+        labels: Tensor | None = self.some_labels(model, batch)
         return labels
 
     def made(self, model: Any, batch: Any, turn: str) -> Tensor:
@@ -268,6 +268,43 @@ class Generator(ArrayObjective):
         """
         for name, watch in self._watches.items():
             watch.load_state_dict(state["watches"][name])
+
+
+@dataclass(kw_only=True)
+class Contested(Generator):
+    """A generator against another player, which moves several times before each of its own turns.
+
+    Args:
+        critic_updates: steps of the other player for each of the generator's.
+        critic_rate: factor on the learning rate for the other player.
+    """
+
+    critic_updates: Annotated[int, Field(ge=1, le=99)] = 5
+    critic_rate: Positive = 1.0
+    _critic: Any = field(init=False, default=None, repr=False)
+
+    def turns(self, model: Any, batch: Any) -> Iterator[Turn]:
+        """Yield the other player's turns, each with arrays of its own, and then the generator's.
+
+        Args:
+            model: the generator.
+            batch: B real arrays.
+        """
+        for number in range(self.critic_updates):
+            yield self.critic_turn(model, batch, str(number))
+        with frozen(self._critic):
+            turn = self.generator_turn(model, batch)
+        yield turn
+
+    def critic_turn(self, model: Any, batch: Any, turn: str) -> Turn:
+        """Return a turn of the other player.
+
+        Args:
+            model: the generator.
+            batch: B real arrays.
+            turn: name of the turn.
+        """
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)

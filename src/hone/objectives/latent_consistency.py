@@ -12,8 +12,19 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.objectives.arrays import Positive, Share, squared
-from hone.objectives.consistency import ImprovedConsistencyTraining, cauchy
+from hone.objectives.consistency import ImprovedConsistencyTraining
 from hone.parts import part
+
+
+def cauchy(left: Tensor, right: Tensor, c: float) -> Tensor:
+    """Return log(1 + |l - r|^2 / (2 c^2)) of each array (B,), which grows slower than any power.
+
+    Args:
+        left: (B, *shape).
+        right: (B, *shape).
+        c: scale.
+    """
+    return ((left - right).square().flatten(1).sum(1) / (2 * c**2)).log1p()
 
 
 def nearest_noise(arrays: Tensor, noise: Tensor) -> Tensor:

@@ -30,11 +30,8 @@ class StepCritic(Critic):
             denoiser: gives the features; a copy is taken, which trains along.
         """
         super().__init__(denoiser, train_body=True)
-        parameter = next(denoiser.parameters())
-        with torch.no_grad():
-            example = torch.zeros(1, *denoiser.shape).to(parameter)
-            found = self.features(example, torch.ones(1).to(parameter), None)
-        self.pairs = nn.ModuleList(Head(2 * states.shape[1], states.dim()) for states in found).to(parameter)
+        self.pairs = nn.ModuleList(Head(2 * channels, dimensions) for channels, dimensions in self.sizes)
+        self.pairs.to(next(denoiser.parameters()))
 
     def step(self, x: Tensor, now: Tensor, ahead: Tensor, then: Tensor, labels: Tensor | None) -> Tensor:
         """Return the logits (B, n) of a step: high for those of the teacher.

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -30,12 +29,11 @@ from hone.diffusion.critics import Critic, critic_loss, generator_loss
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import Parameterisation, spread
 from hone.errors import ModelError
-from hone.modes import frozen
 from hone.objectives import divergences
 from hone.objectives.arrays import Positive
 from hone.objectives.base import Turn
 from hone.objectives.divergences import Divergence
-from hone.objectives.generators import TINY, Distilled, Drawn, Generator, Strength, denoising
+from hone.objectives.generators import TINY, Contested, Distilled, Drawn, Strength, denoising
 from hone.objectives.teachers import add_player
 from hone.options import Nested
 from hone.parts import part
@@ -71,7 +69,7 @@ def fake_network(critic: Any, begin: Any, model: Any) -> Denoiser:
 
 
 @dataclass(kw_only=True)
-class Critics(Generator):
+class Critics(Contested):
     """A generator beside a fake score, with heads on its features that tell real from generated arrays.
 
     Args:
@@ -85,11 +83,8 @@ class Critics(Generator):
     """
 
     critic: Annotated[Any, Nested("network")] = None
-    critic_updates: Annotated[int, Field(ge=1, le=99)] = 5
-    critic_rate: Positive = 1.0
     gan_weight: Strength = 0.003
     gan_critic_weight: Strength = 0.01
-    _critic: Any = field(init=False, default=None, repr=False)
 
     def prepare(self, run: Any) -> None:
         """Add the fake score, and its heads where they are needed, as the player "fake".
@@ -117,19 +112,6 @@ class Critics(Generator):
     def judges(self) -> bool:
         """Return whether there is a discriminator."""
         return self.gan_weight > 0
-
-    def turns(self, model: Any, batch: Any) -> Iterator[Turn]:
-        """Yield the fake score's turns, each with arrays of its own, and then the generator's.
-
-        Args:
-            model: the generator.
-            batch: B real arrays.
-        """
-        for number in range(self.critic_updates):
-            yield self.critic_turn(model, batch, str(number))
-        with frozen(self._critic):
-            turn = self.generator_turn(model, batch)
-        yield turn
 
     def critic_turn(self, model: Any, batch: Any, turn: str) -> Turn:
         """Return the loss of the fake score and of the discriminator on generated arrays.

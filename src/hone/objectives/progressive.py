@@ -15,9 +15,8 @@ from torch import Tensor
 from hone.diffusion.levels import spread
 from hone.diffusion.spatial import ssim
 from hone.errors import ModelError
-from hone.objectives.arrays import ArrayObjective, Positive, noise_levels, squared
+from hone.objectives.arrays import ArrayObjective, Levels, Positive, squared
 from hone.objectives.consistency import Count
-from hone.objectives.denoising import Levels
 from hone.objectives.teachers import load_teacher
 from hone.parts import part
 from hone.solvers.base import levels
@@ -142,7 +141,7 @@ class Progressive(ArrayObjective):
         grid = levels(self.schedule, taught, model.sigma_min, model.sigma_max, sigma_data=model.sigma_data)
         grid = grid.to(batch.arrays)
         place = each * (self.uniform(batch, "place").double() * steps).long().clamp(max=steps - 1)
-        labels = batch.labels if model.classes else None
+        labels = self.some_labels(model, batch)
         x = batch.arrays + spread(grid[place], batch.arrays) * self.normal(batch)
         ahead = x
         with torch.no_grad():
@@ -347,10 +346,7 @@ class Reconstruct(ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
-        sigma = noise_levels(
-            self.uniform(batch, "level"), self.levels, mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
-        ).to(batch.arrays)  # fmt: skip
+        sigma = self.drawn_levels(model, batch, "level", self.levels, mean=self.mean, std=self.std).to(batch.arrays)
         noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch)
-        guess = model(noisy, sigma, batch.labels if model.classes else None)
+        guess = model(noisy, sigma, self.some_labels(model, batch))
         return spectral(guess, batch.arrays, self.mae, self.ssim).sum(), {}

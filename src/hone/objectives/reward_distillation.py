@@ -171,7 +171,7 @@ class RewardGuidedDistillation(Rewarded, Distillation):
             judged = self._seen[0]
             if bool((batch.places < 0).any()):
                 level = torch.tensor(model.sigma_max, dtype=torch.float64).to(batch.arrays)
-                judged = model(level * self.normal(batch, "once"), level, batch.labels if model.classes else None)
+                judged = model(level * self.normal(batch, "once"), level, self.some_labels(model, batch))
             return found, {**figures, "reward": self.worth(judged, batch.labels).sum()}
 
     def turns(self, model: Any, batch: Any) -> Iterator[Turn]:

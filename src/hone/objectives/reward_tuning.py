@@ -69,7 +69,7 @@ class Drawing(ArrayObjective):
             batch: B arrays; their classes are asked for.
             free: first steps that no gradient goes through.
         """
-        labels = batch.labels if model.classes else None
+        labels = self.some_labels(model, batch)
         chain = self.links(model)
         return follow(
             model, chain, self.normal(batch), lambda step: self.normal(batch, stream(step)), labels,

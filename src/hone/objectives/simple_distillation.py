@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hone.diffusion.views import View
 from hone.objectives.arrays import ArrayObjective, Positive
 from hone.objectives.base import Turn
 from hone.objectives.consistency import Count
@@ -30,7 +31,7 @@ def shown_steps(count: float) -> float:
     return count / 10
 
 
-class Steps(nn.Module):
+class Steps(View):
     """A model that knows how many steps it is sampled with, called like a denoiser."""
 
     def __init__(self, model: Any, steps: int) -> None:
@@ -40,10 +41,8 @@ class Steps(nn.Module):
             model: a widened denoiser.
             steps: their number.
         """
-        super().__init__()
+        super().__init__(model)
         self.model, self.steps = model, steps
-        self.shape, self.classes = model.shape, model.classes
-        self.sigma_min, self.sigma_max, self.sigma_data = model.sigma_min, model.sigma_max, model.sigma_data
 
     def for_steps(self, steps: int) -> Steps:
         """Return the same model for another number of steps.
@@ -64,21 +63,6 @@ class Steps(nn.Module):
         shown = torch.full((len(x), 1), shown_steps(self.steps)).to(x)
         found: Tensor = self.model(x, sigma, labels, shown)
         return found
-
-    def guided(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-        """Return D under classifier-free guidance.
-
-        Args:
-            x: (B, *shape) noisy arrays.
-            sigma: (B,) noise levels, or one number.
-            labels: (B,) classes; None leaves D as it is.
-            guidance: 1 leaves D as it is.
-        """
-        told = self(x, sigma, labels)
-        if labels is None or guidance == 1.0:
-            return told
-        untold = self(x, sigma, torch.full_like(labels, -1))
-        return untold + guidance * (told - untold)
 
 
 class Watched(Counted):
@@ -196,7 +180,7 @@ class SimpleDistillation(ArrayObjective):
         """
         steps = self.steps_now(batch)
         grid = timestamps(steps * self.finer, self.lowest, model.sigma_max, self.rho)
-        labels = batch.labels if model.classes else None
+        labels = self.some_labels(model, batch)
         x = model.sigma_max * self.normal(batch)
         goals = self.trajectory(batch, x, grid, labels)
         student, own = self.student(model, steps), grid[:: self.finer].to(x)

@@ -117,11 +117,7 @@ class SoundTrajectory(ConsistencyTrajectory):
             model: the denoiser.
             batch: B arrays.
         """
-        labels: Tensor = batch.labels
-        if not model.training:
-            return labels
-        gone = (self.uniform(batch, "drop") < self.drop_labels).to(labels.device)
-        return torch.where(gone, torch.full_like(labels, -1), labels)
+        return self.some_labels(model, batch, self.drop_labels)
 
     def strength(self, batch: Any) -> Tensor:
         """Return the guidance (B,) of each array.

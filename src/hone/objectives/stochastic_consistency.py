@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from hone.diffusion.critics import Critic, critic_loss, generator_loss
 from hone.diffusion.levels import spread
-from hone.objectives.arrays import Positive, Share, noise_levels
+from hone.objectives.arrays import Share
 from hone.objectives.base import Turn
 from hone.objectives.consistency import Distillation, huber_constant, pseudo_huber
-from hone.objectives.teachers import add_player
+from hone.objectives.judged import Judged
 from hone.parts import part
 
 
@@ -29,7 +27,7 @@ from hone.parts import part
     "constant are iCT's.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class StochasticDistillation(Distillation):
+class StochasticDistillation(Judged, Distillation):
     """Consistency distillation where x_r is reached from x_t by several stochastic steps of the teacher.
 
     x' = D + sqrt(s'^2 - u^2) (x - D) / s + u z,  u = eta (s' / s) sqrt(s^2 - s'^2), in `substeps` equal parts of ln s
@@ -39,17 +37,12 @@ class StochasticDistillation(Distillation):
         eta: strength of the noise, 0 for the deterministic steps.
         substeps: of the teacher between two levels.
         adversarial: strength of a hinge loss on heads over the teacher's features; 0 for none.
-        critic_mean: of the log of the noise level at which the heads look.
-        critic_std: of the same.
     """
 
     levels: Annotated[int, Field(ge=2)] = 18
     eta: Share = 0.3
     substeps: Annotated[int, Field(ge=1)] = 2
     adversarial: Annotated[float, Field(ge=0)] = 0.0
-    critic_mean: float = -0.4
-    critic_std: Positive = 1.0
-    _critic: Any = field(init=False, default=None, repr=False)
 
     def setup(self, run: Any) -> None:
         """Load the teacher, begin the running mean, and let heads train where they are asked for.
@@ -59,8 +52,7 @@ class StochasticDistillation(Distillation):
         """
         super().setup(run)
         if self.adversarial:
-            self._critic = Critic(self._teacher)
-            add_player(run, "critic", self._critic)
+            self.seat(run, self._teacher)
 
     def earlier(self, model: Any, batch: Any, noisy: Tensor, noise: Tensor, later: Tensor, sooner: Tensor) -> Tensor:
         """Return where the teacher's stochastic steps lead (B, *shape).
@@ -104,10 +96,7 @@ class StochasticDistillation(Distillation):
         """
         if self._critic is None:
             return losses.sum()
-        self._critic.heads.requires_grad_(False)
-        fooled = generator_loss(self._critic(*self._looked_at(model, batch, guess)))
-        self._critic.heads.requires_grad_(True)
-        return (losses + self.adversarial * fooled).sum()
+        return (losses + self.adversarial * self.doubts(model, batch, guess)).sum()
 
     def turns(self, model: Any, batch: Any) -> Iterator[Turn]:
         """Yield the student's turn, and that of the heads where there are some.
@@ -116,21 +105,7 @@ class StochasticDistillation(Distillation):
             model: the denoiser.
             batch: B arrays.
         """
-        yield Turn("model", *self.loss(model, batch))
+        losses, guess = self.parts(model, batch)
+        yield Turn("model", self.total(model, batch, losses, guess))
         if self._critic is not None:
-            with torch.no_grad():
-                later, _, _ = (value.to(batch.arrays) for value in self.pair(model, batch))
-                noisy = batch.arrays + spread(later, batch.arrays) * self.noise(batch)
-                made = model(noisy, later, batch.labels if model.classes else None)
-            real = self._critic(*self._looked_at(model, batch, batch.arrays))
-            fake = self._critic(*self._looked_at(model, batch, made))
-            yield Turn("critic", critic_loss(real, fake).sum())
-
-    def _looked_at(self, model: Any, batch: Any, arrays: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return arrays with noise, its levels and classes: what the heads are shown."""
-        sigma = noise_levels(
-            self.uniform(batch, "critic"), "lognormal", mean=self.critic_mean, std=self.critic_std,
-            sigma_min=model.sigma_min, sigma_max=model.sigma_max,
-        ).to(arrays)  # fmt: skip
-        shown = arrays + spread(sigma, arrays) * self.normal(batch, "look")
-        return shown, sigma, batch.labels if model.classes else None
+            yield self.critic_turn(model, batch, guess)

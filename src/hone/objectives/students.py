@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.levels import spread
-from hone.objectives.arrays import ArrayObjective, Positive, noise_levels
-from hone.objectives.denoising import Levels
+from hone.objectives.arrays import ArrayObjective, Levels, Positive, output_error
 from hone.objectives.teachers import load_teacher
 from hone.parts import part
 
@@ -57,15 +56,8 @@ class TeacherScoreMatching(ArrayObjective):
             model: the student.
             batch: B arrays.
         """
-        sigma = noise_levels(
-            self.uniform(batch, "level"), self.levels, mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max, sigma_data=model.sigma_data,
-        ).to(batch.arrays)  # fmt: skip
-        noisy, labels = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch), None
-        if model.classes:
-            labels = batch.labels
+        sigma = self.drawn_levels(model, batch, "level", self.levels, mean=self.mean, std=self.std).to(batch.arrays)
+        noisy, labels = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch), self.some_labels(model, batch)
         with torch.no_grad():
             aim = self._teacher.guided(noisy, sigma, labels, self.guidance)
-        out = model.parameterisation.error_scale(sigma)
-        errors = (model(noisy, sigma, labels) - aim) / spread(out, noisy)
-        return errors.square().flatten(1).mean(1).sum(), {}
+        return output_error(model, model(noisy, sigma, labels), aim, sigma).sum(), {}

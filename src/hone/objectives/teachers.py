@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from hone.diffusion.mixture import Mixture
+from hone.diffusion.views import View
 from hone.errors import ModelError
 
 if TYPE_CHECKING:
     from hone.diffusion.denoiser import Denoiser
 
 
-class Truth(nn.Module):
+class Truth(View):
     """The distribution that generated data comes from, called like a denoiser: a teacher without error."""
 
     def __init__(self, mixture: Mixture, student: Denoiser) -> None:
@@ -25,10 +26,8 @@ class Truth(nn.Module):
             mixture: the data's.
             student: gives shape, classes and noise range.
         """
-        super().__init__()
+        super().__init__(student)
         self.mixture = mixture.to(next(student.parameters()))
-        self.shape, self.classes = student.shape, student.classes
-        self.sigma_min, self.sigma_max, self.sigma_data = student.sigma_min, student.sigma_max, student.sigma_data
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return D (B, d).
@@ -39,21 +38,6 @@ class Truth(nn.Module):
             labels: (B,) classes, -1 for none; None for none at all.
         """
         return self.mixture.denoise(x, sigma, labels)
-
-    def guided(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-        """Return D under classifier-free guidance.
-
-        Args:
-            x: (B, d) noisy points.
-            sigma: (B,) noise levels, or one number.
-            labels: (B,) classes, None for none.
-            guidance: 1 leaves D as it is.
-        """
-        told = self(x, sigma, labels)
-        if labels is None or guidance == 1.0:
-            return told
-        untold = self(x, sigma)
-        return untold + guidance * (told - untold)
 
 
 def load_teacher(path: str, run: Any, what: str = "objective.teacher") -> Any:

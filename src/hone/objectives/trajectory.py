@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from hone.diffusion.critics import Critic, critic_loss, generator_loss
 from hone.diffusion.levels import karras, spread
+from hone.diffusion.views import View
 from hone.modes import frozen
-from hone.objectives.arrays import ArrayObjective, Positive, Share, noise_levels, squared
+from hone.objectives.arrays import ArrayObjective, Positive, Share, output_error, squared
 from hone.objectives.base import Turn
 from hone.objectives.consistency import Count, Follows, huber_constant, pseudo_huber
 from hone.objectives.teachers import Mean, add_player, load_teacher
@@ -65,7 +66,7 @@ def jump(
     return share * x + (1 - share) * model(x, t, labels, torch.stack(shown, dim=-1))
 
 
-class Jumps(nn.Module):
+class Jumps(View):
     """A trajectory model as solvers use it: called like a denoiser it jumps to 0, and `jump` takes it further."""
 
     def __init__(self, model: Any, strength: float | None = None) -> None:
@@ -75,10 +76,8 @@ class Jumps(nn.Module):
             model: a widened denoiser.
             strength: guidance that it is shown, where it was trained with one.
         """
-        super().__init__()
-        self.model, self.strength = model, strength
-        self.shape, self.classes, self.parameterisation = model.shape, model.classes, model.parameterisation
-        self.sigma_min, self.sigma_max, self.sigma_data = model.sigma_min, model.sigma_max, model.sigma_data
+        super().__init__(model)
+        self.model, self.strength, self.parameterisation = model, strength, model.parameterisation
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None, extras: Tensor | None = None) -> Tensor:
         """Return g (B, *shape), which without `extras` is G(x, sigma, 0).
@@ -96,21 +95,6 @@ class Jumps(nn.Module):
             extras = torch.cat([extras, shown], dim=1)
         found: Tensor = self.model(x, sigma, labels, extras)
         return found
-
-    def guided(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-        """Return the jump to 0 that lies between those with and without a class.
-
-        Args:
-            x: (B, *shape) noisy arrays.
-            sigma: (B,) noise levels, or one number.
-            labels: (B,) classes; None leaves the jump as it is.
-            guidance: share of the one with a class, nu.
-        """
-        told = self(x, sigma, labels)
-        if labels is None or guidance == 1.0:
-            return told
-        untold = self(x, sigma, torch.full_like(labels, -1))
-        return untold + guidance * (told - untold)
 
 
 class Balance:
@@ -270,10 +254,7 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
             return
         labels = self.labels(model, batch)
         fake = self.leap(model, batch, noisy, later, torch.zeros_like(later), labels)
-        level = noise_levels(
-            self.uniform(batch, "judged"), "lognormal", mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max,
-        ).to(fake)  # fmt: skip
+        level = self.drawn_levels(model, batch, "judged", mean=self.mean, std=self.std).to(fake)
         shown = spread(level, fake) * self.normal(batch, "fake")
         with frozen(self._critic):
             terms["game"] = generator_loss(self._critic(fake + shown, level, labels)).sum()
@@ -369,7 +350,7 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
-        return batch.labels if model.classes else None
+        return self.some_labels(model, batch)
 
     def leap(self, model: Any, batch: Any, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """Return G(x, t, s) (B, *shape).
@@ -455,15 +436,11 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
         uniforms = self.uniform(batch, "denoised").double()
         low, high = model.sigma_min ** (1 / self.rho), model.sigma_max ** (1 / self.rho)
         upper = (high + 0.7 * uniforms * (low - high)) ** self.rho  # 0.7: the authors' part of the grid
-        lower = noise_levels(
-            self.uniform(batch, "lower"), "lognormal", mean=self.mean, std=self.std, sigma_min=model.sigma_min,
-            sigma_max=model.sigma_max,
-        )  # fmt: skip
+        lower = self.drawn_levels(model, batch, "lower", mean=self.mean, std=self.std)
         sigma = torch.where(self.uniform(batch, "half") < 0.5, lower, upper).to(batch.arrays)
         noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch, "other")
         found = self.still(model, batch, noisy, sigma, labels)
-        out = spread(model.parameterisation.error_scale(sigma), noisy)
-        return squared(found / out, batch.arrays / out)
+        return output_error(model, found, batch.arrays, sigma)
 
     def still(self, model: Any, batch: Any, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """Return g(x, t, t) (B, *shape).

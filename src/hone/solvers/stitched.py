@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from hone.diffusion.denoiser import FILE, Denoiser
+from hone.diffusion.denoiser import Denoiser
+from hone.diffusion.saved import denoiser_folder
 from hone.errors import ModelError
 from hone.parts import part
 from hone.solvers.around import Around
@@ -71,10 +71,8 @@ class TStitch(Around):
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong, without loading anything."""
         yield from super().check()
-        folder = Path(self.small).expanduser()
-        known = any((place / FILE).is_file() for place in (folder, folder / "model"))
         later = self.small == "base" or self.small.startswith("stage:")  # what has not run yet
-        if not later and not known:
+        if not later and denoiser_folder(self.small) is None:
             yield "small", f"there is no denoiser in '{self.small}'; expected a finished run of one"
 
     def asked(self, model: Any, labels: Tensor | None, sigmas: Tensor) -> Counted:
@@ -92,7 +90,7 @@ class TStitch(Around):
         """Return the small denoiser, on the large one's device and in its precision."""
         if self._loaded is None:
             parameter: torch.Tensor = next(model.parameters())
-            self._loaded = Denoiser.load(Path(self.small).expanduser(), device=parameter.device, dtype=parameter.dtype)
+            self._loaded = Denoiser.load(self.small, device=parameter.device, dtype=parameter.dtype)
             self._loaded.eval().requires_grad_(False)
         if self._loaded.shape != tuple(model.shape) or self._loaded.classes != model.classes:
             raise ModelError(
