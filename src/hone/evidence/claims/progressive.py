@@ -174,6 +174,8 @@ def annealed_small(scratch: Path) -> Trial:
     """A small student from fresh weights becomes a better one-step sampler where fresh noise gives way to the pairs'.
 
     Task: eight Gaussians on a ring, a student of width 24 beside a teacher of width 64.
+
+    Finding: contradicted here by a little: 0.018 (0.008 to 0.027) further than fresh noise alone.
     """
     return Trial(
         recipe=FLOW, baseline=small("reflow", {"name": "reflow"}), metric="energy@1", checks=ONE, paper=SLIM,
