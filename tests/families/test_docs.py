@@ -206,24 +206,30 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project / "site"
 
 
-def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
-    found = {path: Page(path.read_text()) for path in site.rglob("*.html")}
-    assert len(found) > len(catalogue.entries()) and all(page.loads for page in found.values())
-    assert [(path.name, a) for path, page in found.items() for a in page.loads if external(a)] == []
+@pytest.fixture(scope="module")
+def parsed(site: Path) -> dict[Path, Page]:
+    return {path: Page(path.read_text()) for path in site.rglob("*.html")}
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path, parsed: dict[Path, Page]) -> None:
+    assert len(parsed) > len(catalogue.entries()) and all(page.loads for page in parsed.values())
+    assert [(path.name, a) for path, page in parsed.items() for a in page.loads if external(a)] == []
     styles = list(site.rglob("*.css"))
     for path in styles:
         text = path.read_text()
         assert "@import" not in text and [a for a in re.findall(r"url\(([^)]*)\)", text) if external(a)] == []
-    assert styles and not any("mermaid" in path.read_text() for path in found)  # the theme would fetch its renderer
+    assert styles and not any("mermaid" in path.read_text() for path in parsed)  # the theme would fetch its renderer
 
 
-def test_every_link_inside_the_site_leads_somewhere(site: Path) -> None:
-    checked = set()
-    for path in site.rglob("*.html"):
+def test_every_link_inside_the_site_leads_somewhere(site: Path, parsed: dict[Path, Page]) -> None:
+    seen, checked = set(), set()
+    for path, page in parsed.items():
         if path.name == "404.html":  # is served from any depth, so its links are absolute
             continue
-        page = Page(path.read_text())
         for address in (*page.links, *page.loads):
+            if (path.parent, address) in seen:  # the navigation is the same on all pages of a folder
+                continue
+            seen.add((path.parent, address))
             target = unquote(urlsplit(address).path)
             if not external(address) and target:
                 assert (path.parent / target).exists(), f"{path.relative_to(site)}: {address}"
