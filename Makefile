@@ -22,7 +22,7 @@ demo: $(VENV)/.hone  ## train the shipped base model on a new skill, in a few mi
 	$(BIN)/hone run quickstart
 
 test: lint  ## everything that must hold before a change goes in
-	$(BIN)/python -m pytest --ignore tests/guards -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --ignore tests/guards -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test  ## style, types, formatting and the project's own guards
 	$(BIN)/ruff check src tests bench
