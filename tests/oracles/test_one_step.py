@@ -43,7 +43,7 @@ def denoiser(plan: Any, classes: int = 8, shape: tuple[int, ...] = (2,), kind: s
 
 
 def batch(count: int = 12, shape: tuple[int, ...] = (2,)) -> Any:
-    items = [Item(torch.randn(shape, dtype=torch.float64), i % 8, i, place=i) for i in range(count)]
+    items = [Item(torch.randn(shape, dtype=torch.float64), i % 8, place=i) for i in range(count)]
     return collate(items)
 
 

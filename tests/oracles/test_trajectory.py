@@ -206,7 +206,7 @@ def test_the_guided_teacher_leads_between_its_answers():
     objective = SoundTrajectory(teacher="stage:1", least=3.0, most=3.0)
     objective._teacher = network(2, classes=3, extras=1)
     batch = batch_of(5)
-    batch = Batch(batch.arrays, torch.arange(5) % 3, batch.indices, batch.places)
+    batch = Batch(batch.arrays, torch.arange(5) % 3, batch.places)
     sigma = torch.full((5,), 1.5, dtype=torch.float64)
     found = objective.lead(batch, batch.arrays, sigma, batch.labels)
     torch.testing.assert_close(found, objective._teacher.guided(batch.arrays, sigma, batch.labels, 3.0))

@@ -131,7 +131,8 @@ class Loader(Steps):
         """Iterate over `trees`.
 
         Args:
-            trees: the data; its attribute `lengths` (N,), if it has one, spares reading every tree.
+            trees: the data; its attribute `lengths` (N,), if it has one, spares reading every tree, and its method
+                `__getitems__` reads the trees of a step at once.
             batch_tokens: most tokens in one step; a longer tree gets a step of its own.
             seed: with the epoch, seeds the order of each epoch.
             shuffle: whether to permute; False keeps the order of the data.
@@ -327,7 +328,8 @@ class _Picker(Dataset[list[Tree]]):
         self.trees = trees
 
     def __getitem__(self, indices: list[int]) -> list[Tree]:
-        return [self.trees[i] for i in indices]
+        at_once = getattr(self.trees, "__getitems__", None)
+        return [self.trees[i] for i in indices] if at_once is None else at_once(indices)
 
 
 _Item = tuple[int, int, list[Tree], Counts]  # epoch, index in it, trees, counts

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Item:
     """One array.
 
     Args:
         array: (*shape) float32.
         label: number of its class, -1 where it has none.
-        index: its place in the data.
         where: what messages call it.
         fields: numbers beside it, by name.
         place: its place in the step that it is trained in, -1 in evaluation; objectives give it, so that what they draw
@@ -31,7 +30,6 @@ class Item:
 
     array: Tensor
     label: int = -1
-    index: int = 0
     where: str = ""
     fields: dict[str, tuple[float, ...]] = field(default_factory=dict)
     place: int = -1
@@ -48,14 +46,12 @@ class Batch:
     Args:
         arrays: (B, *shape).
         labels: (B,) int64 number of each class, -1 for none.
-        indices: (B,) int64 place of each in the data; kept on the CPU.
         places: (B,) int64 place of each in its step, -1 in evaluation; kept on the CPU.
         where: what messages call each.
     """
 
     arrays: Tensor
     labels: Tensor
-    indices: Tensor
     places: Tensor
     where: tuple[str, ...] = ()
 
@@ -77,7 +73,6 @@ def collate(items: Sequence[Item]) -> Batch:
     return Batch(
         torch.stack([item.array for item in items]),
         torch.tensor([item.label for item in items]),
-        torch.tensor([item.index for item in items]),
         torch.tensor([item.place for item in items]),
         tuple(item.where for item in items),
     )
@@ -110,8 +105,18 @@ class Collection(Sequence[Item]):
     def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
         """Return one item, or a list of them."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return Item(self.arrays[index], int(self.labels[index]), int(index), f"{self.name}:{index}")
+            return self.__getitems__(range(*index.indices(len(self))))
+        return Item(self.arrays[index], int(self.labels[index]), f"{self.name}:{index}")
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """Return the items of a step, read at once: 256 of them one by one took 10% of a small network's step.
+
+        Args:
+            indices: places in the data.
+        """
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        arrays, labels = self.arrays[rows].unbind(), self.labels[rows].tolist()
+        return [Item(a, label, f"{self.name}:{i}") for a, label, i in zip(arrays, labels, indices, strict=True)]
 
     def __iter__(self) -> Iterator[Item]:
         """Yield every item."""

@@ -14,6 +14,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -227,4 +228,13 @@ def seed_all(seed: int, step: int, rank: int = 0) -> None:
         step: the step about to run, 0 before the first.
         rank: index of this process.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+    number = (seed * 1_000_003 + step) * 1_009 + rank
+    if _has_accelerator():
+        torch.manual_seed(number)
+    else:  # torch.manual_seed also leaves word for devices that may come, with a trace of its caller: 1 ms each time
+        torch.default_generator.manual_seed(number)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()

@@ -256,6 +256,8 @@ def divide(trees: Sequence[Tree], limit: int, parts: int = 1) -> list[list[Tree]
     total = sum(len(tree) for tree in trees)
     longest = max((len(tree) for tree in trees), default=0)
     count = max(1, min(-(-total // limit), len(trees)))  # of a tree longer than the limit there is nothing to divide
+    if count == parts == 1:
+        return [sorted(trees, key=len, reverse=True)]
     while True:
         count = -(-count // parts) * parts
         bins: list[list[Tree]] = [[] for _ in range(count)]
