@@ -99,7 +99,8 @@ def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path
         name=one.id, variants=sides, seeds=trial.seeds, budget=Budget.read(trial.budget), tune=trial.tune,
         metric=trial.metric if trial.tune else "",
     )  # fmt: skip
-    contest = Contest(comparison, store, pool, display, keeps="", alone=trial.alone, retry=True)
+    keeps = "" if trial.figures is None else "model"  # what the claim reads itself may be the model
+    contest = Contest(comparison, store, pool, display, keeps=keeps, alone=trial.alone, retry=True)
     contest.run(lambda: None)
     contest.collect()
     baseline, method = contest.entrants

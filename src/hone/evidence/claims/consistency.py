@@ -18,7 +18,10 @@ POINTS: dict[str, Any] = {
     "solvers": [{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}], "distances": ["energy"],
 }  # fmt: skip
 TEACHER: dict[str, Any] = {"name": "teacher", "objective": "denoise", "steps": 2000}
+ADAM: dict[str, Any] = {"name": "adamw", "lr": 1e-3}
+RATES: dict[str, Any] = {"stages.1.optimizer.lr": [1e-3, 2e-4]}  # of the student
 BOTH = (Check(metric="energy@1", direction="lower"), Check(metric="energy@2", direction="lower"))
+SHORT_CT: dict[str, Any] = {"name": "ct", "end": 20}  # its default of 150 levels is for 800,000 steps
 ONE = (Check(metric="energy@1", direction="lower"),)
 
 
@@ -62,15 +65,14 @@ def denoise_draws(scratch: Path) -> Trial:
 def ct_learns(scratch: Path) -> Trial:
     """Consistency training without a teacher draws in one step better than a denoiser does.
 
-    Task: eight Gaussians on a ring, 2,000 steps of each.
-
-    Finding: contradicted here: one step of CT is further from the data than one of a denoiser by 0.24 (0.14 to 0.29).
-    Improved consistency training is nearer than CT by 0.58 on the same task. Whether CT's own setting wants more steps
-    or its grid and weighting are at fault was not looked into.
+    Task: eight Gaussians on a ring, 2,000 steps of each, a grid that ends with 20 levels. With the paper's 150, which
+    are meant for 800,000 steps, one step of CT was further from the data than one of a denoiser (0.80 against 0.55 with
+    seed 0, and 0.71 after 8,000 steps): the running mean that is its target has then a decay near 0.999 and lags
+    behind. Without it (decay 0) the same grid came to 0.13. That the mean is in the way is what iCT's paper says too.
     """
     return Trial(
         recipe=POINTS, baseline=Side(label="denoiser", settings={"objective": "denoise"}),
-        method=Side(label="CT", settings={"objective": "ct"}), checks=ONE, metric="energy@1",
+        method=Side(label="CT", settings={"objective": SHORT_CT}), checks=ONE, metric="energy@1",
         paper=("Consistency Models", "arXiv:2303.01469"),
     )  # fmt: skip
 
@@ -79,10 +81,11 @@ def ct_learns(scratch: Path) -> Trial:
 def ict_beats_ct(scratch: Path) -> Trial:
     """Improved consistency training draws better points in one and in two steps than the first form of it.
 
-    Task: eight Gaussians on a ring, 2,000 steps of each, grids that end with about 150 levels.
+    Task: eight Gaussians on a ring, 2,000 steps of each; iCT's grid ends with 160 intervals, CT's with the 20 levels
+    that suit it best here.
     """
     return Trial(
-        recipe=POINTS, baseline=Side(label="CT", settings={"objective": "ct"}), checks=BOTH, metric="energy@1",
+        recipe=POINTS, baseline=Side(label="CT", settings={"objective": SHORT_CT}), checks=BOTH, metric="energy@1",
         method=Side(label="iCT", settings={"objective": {"name": "ict", "end": 160}}),
         paper=("Improved Techniques for Training Consistency Models", "arXiv:2310.14189"),
     )  # fmt: skip
@@ -112,7 +115,7 @@ def cd_beats_ct(scratch: Path) -> Trial:
     Task: eight Gaussians on a ring: 2,000 steps of a teacher and 2,000 of distillation against 4,000 of CT.
     """
     return Trial(
-        recipe=POINTS, baseline=Side(label="CT", settings={"objective": "ct", "steps": 4000}), checks=BOTH,
+        recipe=POINTS, baseline=Side(label="CT", settings={"objective": SHORT_CT, "steps": 4000}), checks=BOTH,
         method=taught("CD", {"name": "cd"}), metric="energy@1", paper=("Consistency Models", "arXiv:2303.01469"),
     )  # fmt: skip
 
@@ -121,15 +124,14 @@ def cd_beats_ct(scratch: Path) -> Trial:
 def scm_beats_discrete(scratch: Path) -> Trial:
     """Continuous-time distillation draws better points in two steps than distillation on a grid.
 
-    Task: eight Gaussians on a ring: a teacher of 2,000 steps, then 2,000 of either.
-
-    Finding: contradicted here: 0.26 (0.09 to 0.41) further in two steps than distillation on a grid, at one learning
-    rate for both. Other rates and longer warm-ups were not tried.
+    Task: eight Gaussians on a ring: a teacher of 2,000 steps, then 2,000 of either, each with the better of two
+    learning rates. At 1e-3 sCM's learned weight is not stable: 0.31 in two steps with seed 0, against 0.046 without it
+    or at 1e-4.
     """
     trig = {"model": kind("trigflow")}
-    method = taught("sCM", {"name": "scm"})
+    method = taught("sCM", {"name": "scm"}, optimizer=ADAM)
     return Trial(
-        recipe=POINTS, baseline=taught("CD", {"name": "cd"}), metric="energy@2",
+        recipe=POINTS, baseline=taught("CD", {"name": "cd"}, optimizer=ADAM), metric="energy@2", tune=RATES,
         method=Side(label="sCM", settings={**trig, **method.settings}),
         checks=(Check(metric="energy@2", direction="lower"),),
         paper=("Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "arXiv:2410.11081"),
@@ -140,15 +142,14 @@ def scm_beats_discrete(scratch: Path) -> Trial:
 def sprint_beats_scm(scratch: Path) -> Trial:
     """The adversarial term makes one-step points better than continuous-time distillation alone does.
 
-    Task: eight Gaussians on a ring: a flow-matching teacher of 2,000 steps, then 2,000 of either.
-
-    Finding: the runs differ too much from seed to seed to tell (-0.66, with an interval from -3.9 to +2.4): training is
-    not stable at this setting.
+    Task: eight Gaussians on a ring: a flow-matching teacher of 2,000 steps, then 2,000 of either, each with the better
+    of two learning rates; at 1e-3 neither is stable.
     """
     flow = {"model": kind("flow")}
     return Trial(
-        recipe={**POINTS, **flow}, baseline=taught("without", {"name": "sana-sprint", "adversarial": 0.0}),
-        method=taught("with", {"name": "sana-sprint"}), checks=ONE, metric="energy@1",
+        recipe={**POINTS, **flow}, metric="energy@1", tune=RATES, checks=ONE,
+        baseline=taught("without", {"name": "sana-sprint", "adversarial": 0.0}, optimizer=ADAM),
+        method=taught("with", {"name": "sana-sprint"}, optimizer=ADAM),
         paper=("SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation", "arXiv:2503.09641"),
     )  # fmt: skip
 

@@ -1,0 +1,359 @@
+"""Few-step generators side by side: one teacher, one budget of operations, five seeds; writes a table and pictures.
+
+    python bench/generators.py [--seeds 5] [--jobs 2] [--only METHOD,METHOD] [--out FOLDER]
+
+Task: eight narrow Gaussians on a ring, whose density is known. For each seed a teacher (an MLP of width 64 and depth 3)
+is trained for 10,000 steps of 256 points. Methods that tune or distil start from it and may spend 1/8 of the operations
+that its training took, their own teacher's and critics' passes and what they prepare included; methods without a
+teacher may spend 9/8, as much as the others in all. Operations are counted by torch at two lengths of run, which tells
+what a step costs from what preparing costs. The learning rate of each method is the better of two, chosen with another
+seed and its own teacher by W@1 (or with fewest evaluations).
+
+W@n is the sliced 2-Wasserstein distance of 20,000 drawn points, each by n evaluations of the network, from 100,000 of
+the density itself. The ratio is to the teacher's own with 35 evaluations (Heun's method). "floor" is what 20,000 points
+of the density itself come to. It is a bench, not a test: about an hour on two cores. Runs that have finished are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TEACHER_STEPS, SHARE, RATES, TUNING_SEED = 10_000, 1 / 8, (1e-3, 2e-4), 1000
+DRAWN = 20_000
+ONE_AND_TWO: tuple[dict[str, Any], ...] = ({"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2})
+POINTS: dict[str, Any] = {
+    "name": "points", "model": {"name": "denoiser", "network": {"name": "mlp", "width": 64, "depth": 3}},
+    "data": {"name": "points", "density": "ring"}, "objective": "denoise", "batch_tokens": 256, "eval_samples": 0,
+    "schedule": {"name": "cosine", "warmup": 0.02}, "distances": [],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        label: what it is called.
+        objective: its fields, without the teacher.
+        taught: whether it is told the teacher.
+        scratch: whether it starts from fresh weights, with 9/8 of the teacher's operations.
+        solvers: draw the points.
+        more: further fields of the recipe.
+    """
+
+    label: str
+    objective: dict[str, Any]
+    taught: bool = True
+    scratch: bool = False
+    solvers: tuple[dict[str, Any], ...] = ONE_AND_TWO
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def ddim(*steps: int, schedule: str) -> tuple[dict[str, Any], ...]:
+    """Return the deterministic solver with some numbers of steps."""
+    return tuple({"name": "ddim", "steps": count, "schedule": schedule} for count in steps)
+
+
+def average(decay: float) -> dict[str, Any]:
+    """Return the fields of a running mean of the weights."""
+    return {"callbacks": [{"name": "average", "decay": decay}]}
+
+
+def methods() -> list[Method]:
+    """Return the rows."""
+    matching = [
+        Method("DMD2", {"name": "dmd2"}), Method("DMD2, one critic update", {"name": "dmd2", "critic_updates": 1}),
+        Method("DMD2, two steps", {"name": "dmd2", "student_steps": 2}),
+        Method("f-distill, Jensen-Shannon", {"name": "f-distill", "divergence": "jensen-shannon"}),
+        Method("f-distill, forward KL", {"name": "f-distill", "divergence": "forward-kl"}),
+        Method("Uni-Instruct, forward KL", {"name": "uni-instruct", "divergence": "forward-kl"}),
+        Method("SMD", {"name": "smd"}), Method("NitroFusion", {"name": "nitrofusion"}),
+        Method("MMD tuning, one step", {"name": "mmd-ddm", "steps": 1}, False, solvers=ddim(1, schedule="karras")),
+        Method("MMD tuning, two steps", {"name": "mmd-ddm", "steps": 2}, False, solvers=ddim(2, schedule="karras")),
+    ]  # fmt: skip
+    paths = [
+        Method("ECT", {"name": "ect"}, False), Method("iCT, tuned", {"name": "ict", "end": 160}, False),
+        Method("CD", {"name": "cd"}), Method("CD, Euler (CoMoSpeech)", {"name": "cd", "step": "euler"}),
+        Method("SCott", {"name": "scott"}), Method("sCM", {"name": "scm"}),
+        Method("SANA-Sprint", {"name": "sana-sprint"}),
+        Method("CTM", {"name": "ctm", "levels": 10, "decay": 0.99},
+               solvers=({"name": "gamma", "steps": 1}, {"name": "gamma", "steps": 2})),
+        Method("SFD, two steps", {"name": "sfd", "steps": 2}, solvers=({"name": "sfd", "steps": 2},)),
+        Method("SFD, three steps", {"name": "sfd", "steps": 3}, solvers=({"name": "sfd", "steps": 3},)),
+        Method("SFD-v", {"name": "sfd-v", "steps": 2, "most": 4},
+               solvers=({"name": "sfd", "steps": 2}, {"name": "sfd", "steps": 3})),
+        Method("Progressive", {"name": "progressive", "plan": [16, 8, 4, 2, 1]}, solvers=ddim(1, schedule="trig")),
+        Method("Lightning", {"name": "lightning", "plan": [32, 8, 4, 2, 1], "matched": 4},
+               solvers=ddim(1, schedule="trig")),
+        Method("Rectified flow", {"name": "reflow", "pairs": 5000}, solvers=ddim(1, 2, schedule="flow")),
+        Method("One step of a flow", {"name": "reflow", "pairs": 5000, "times": "start"},
+               solvers=ddim(1, schedule="flow")),
+        Method("SlimFlow's flow-guided", {"name": "flow-guided", "pairs": 5000}, solvers=ddim(1, schedule="flow")),
+    ]  # fmt: skip
+    alone = [
+        Method("CT", {"name": "ct", "end": 20}, False, scratch=True),
+        Method("iCT", {"name": "ict", "end": 160}, False, scratch=True),
+        Method("SMT", {"name": "smt", "critic_rate": 5.0}, False, scratch=True),
+    ]
+    return [*matching, *paths, *alone]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run.
+
+    Args:
+        method: what is trained, None for the teacher.
+        seed: of everything.
+        rate: learning rate.
+        steps: optimizer steps.
+        folder: where the runs of this seed are.
+        draws: whether it is evaluated.
+    """
+
+    method: Method | None
+    seed: int
+    rate: float
+    steps: int
+    folder: Path
+    draws: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name of a method's run."""
+        label = "".join(c if c.isalnum() else "-" for c in self.method.label) if self.method else ""
+        return f"{label}-{self.rate:g}-{self.steps}"
+
+    @property
+    def run(self) -> Path:
+        """Its folder."""
+        return self.folder / ("teacher" if self.method is None else self.name)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the recipe's fields."""
+        fields = {
+            **POINTS, "seed": self.seed, "steps": self.steps, "out": str(self.run),
+            "optimizer": {"name": "adamw", "lr": self.rate}, **average(0.99 if self.method else 0.999),
+        }  # fmt: skip
+        if self.method is None:
+            fields["solvers"] = [{"name": "heun", "steps": 18}, *ONE_AND_TWO]
+        else:
+            objective = dict(self.method.objective)
+            if self.method.taught:
+                objective["teacher"] = str(self.folder / "teacher")
+            if not self.method.scratch:
+                fields["model"] = {"name": "denoiser", "path": str(self.folder / "teacher")}
+            fields |= {"objective": objective, "solvers": list(self.method.solvers), **self.method.more}
+        return fields
+
+
+def train(task: Task) -> dict[str, Any]:
+    """Train, and return the distances of what is drawn, or the operations where they are to be counted."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hone.engine.flops import _UNCOUNTED
+    from hone.engine.run import run
+    from hone.errors import HoneError
+    from hone.recipe import Recipe
+
+    torch.set_num_threads(1)
+    recipe = Recipe.of(**task.recipe())
+    folder = task.run
+    kept = folder / "distances.json"
+    if task.draws and kept.is_file():
+        return json.loads(kept.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    try:
+        if not task.draws:
+            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+                run(recipe)
+            return {"flops": counter.get_total_flops()}
+        run(recipe)
+    except HoneError as error:  # a method that diverges is a result of this bench too
+        return {"error": str(error)}
+    found = {**drawn(folder, recipe, task.seed), "seconds": time.perf_counter() - began}
+    kept.write_text(json.dumps(found))
+    return found
+
+
+@cache
+def truth(count: int, seed: int) -> Any:
+    """Return points of the density itself (count, 2), float64."""
+    import torch
+
+    from hone.options import build_part
+
+    points, _ = build_part("data", POINTS["data"]).truth().sample(count, torch.Generator().manual_seed(seed))
+    return points.double()
+
+
+def drawn(folder: Path, recipe: Any, seed: int) -> dict[str, float]:
+    """Draw points with a run's solvers and return their distances from the density by "W@evaluations"."""
+    from safetensors.torch import load_file
+
+    from hone.diffusion.use import sample_arrays
+    from hone.options import build_part
+
+    shutil.rmtree(folder / "drawn-1", ignore_errors=True)
+    sample_arrays(folder, folder / "model", recipe, DRAWN, seed)
+    measure = build_part("distance", "sliced-wasserstein")
+    files = (folder / "drawn-1").glob("*.safetensors")
+    return {
+        f"W@{file.stem.rsplit('-', 1)[1]}": measure.between(load_file(file)["arrays"].double(), truth(100_000, 1))
+        for file in files
+    }
+
+
+def steps_within(method: Method, budget: float, folder: Path, pool: Any) -> int:
+    """Return the steps of a method that a budget of operations pays for.
+
+    Args:
+        method: the method.
+        budget: operations.
+        folder: where the teacher is.
+        pool: runs it.
+    """
+    short, long = 20, 60  # both whole rounds of critics that are trained several times between
+    spent = [row.get("flops") for row in pool.map(
+        train, [Task(method, TUNING_SEED, 1e-5, count, folder, draws=False) for count in (short, long)], chunksize=1
+    )]  # fmt: skip
+    if None in spent:
+        raise SystemExit(f"{method.label}: does not run: {spent}")
+    each = (spent[1] - spent[0]) / (long - short)
+    return max(1, int((budget - (spent[0] - short * each)) / each))
+
+
+def first_score(row: dict[str, Any]) -> float:
+    """Return the distance with fewest evaluations, infinite where the run failed."""
+    found = {int(key.split("@")[1].split()[0]): value for key, value in row.items() if key.startswith("W@")}
+    value = found[min(found)] if found else math.inf
+    return value if math.isfinite(value) else math.inf
+
+
+def main() -> None:
+    """Run the bench and write what came out."""
+    from hone.options import build_part
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--scratch", type=Path, default=Path("runs/generators"))
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
+    given = parser.parse_args()
+    rows = [m for m in methods() if not given.only or m.label in given.only.split(";")]
+    seeds = range(given.seeds)
+    homes = {seed: given.scratch.resolve() / str(seed) for seed in (TUNING_SEED, *seeds)}
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
+        teachers = dict(zip(homes, pool.map(
+            train, [Task(None, seed, 1e-3, TEACHER_STEPS, home) for seed, home in homes.items()], chunksize=1
+        ), strict=True))  # fmt: skip
+        print("teachers", {s: round(r["W@35"], 4) for s, r in teachers.items()}, flush=True)
+        home = homes[TUNING_SEED]
+        probe = Method("teacher's own step", {"name": "denoise"}, False, scratch=True)
+        each = 1e9 / steps_within(probe, 1e9, home, pool)
+        found = []
+        for method in rows:
+            budget = each * TEACHER_STEPS * (1 + SHARE if method.scratch else SHARE)
+            found.append(measure(method, budget, homes, seeds, pool))
+            ratio = [first_score(r) / teachers[s]["W@35"] for s, r in zip(seeds, found[-1]["runs"], strict=True)]
+            shown = f"{statistics.fmean(ratio):.2f} x the teacher with fewest evaluations"
+            print(method.label, found[-1]["steps"], "steps, lr", found[-1]["lr"], shown, flush=True)
+    result = {"teachers": [teachers[seed] for seed in seeds], "methods": found, "teacher_steps": TEACHER_STEPS}
+    floor = build_part("distance", "sliced-wasserstein")
+    result["floor"] = statistics.fmean(floor.between(truth(DRAWN, 2 + n), truth(100_000, 1)) for n in range(5))
+    write(result, rows, homes, given.out)
+
+
+def measure(method: Method, budget: float, homes: dict[int, Path], seeds: Any, pool: Any) -> dict[str, Any]:
+    """Choose a method's learning rate, train it with every seed, and return its row."""
+    steps = steps_within(method, budget, homes[TUNING_SEED], pool)
+    rates = RATES[:1] if method.scratch else RATES
+    tried = pool.map(train, [Task(method, TUNING_SEED, r, steps, homes[TUNING_SEED]) for r in rates], chunksize=1)
+    rate = rates[min(range(len(rates)), key=lambda i: first_score(tried[i]))]
+    runs = pool.map(train, [Task(method, seed, rate, steps, homes[seed]) for seed in seeds], chunksize=1)
+    return {"label": method.label, "objective": method.objective, "scratch": method.scratch, "steps": steps, "lr": rate,
+            "tried": tried, "runs": runs}  # fmt: skip
+
+
+def write(result: dict[str, Any], rows: list[Method], homes: dict[int, Path], out: Path) -> None:
+    """Write the figures, the table, and a picture of what every method draws with fewest evaluations."""
+    from hone.engine.manifest import machine, versions
+
+    out.mkdir(parents=True, exist_ok=True)
+    result |= {"machine": machine(), "versions": versions()}
+    (out / "generators.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    own = [row["W@35"] for row in result["teachers"]]
+    ranked = sorted(result["methods"], key=lambda row: statistics.fmean(first_score(r) for r in row["runs"]))
+    lines = [
+        "# Few-step generators side by side", "",
+        f"{len(own)} seeds; `python bench/generators.py` says how. W@n x 1000 (lower is nearer to the density), and "
+        "in brackets how many times the teacher's own distance with 35 evaluations, which is "
+        f"{1000 * statistics.fmean(own):.1f}; the floor is {1000 * result['floor']:.1f}. One step of the teacher: "
+        f"{1000 * statistics.fmean(r['W@1'] for r in result['teachers']):.0f}. ± is the standard error.", "",
+        "| method | steps | lr | W@1 | W@2 | W@3 |", "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for row in ranked:
+        cells = [cell(row["runs"], own, count) for count in (1, 2, 3)]
+        mark = " (no teacher)" if row["scratch"] else ""
+        lines.append(f"| {row['label']}{mark} | {row['steps']:,} | {row['lr']:g} | {' | '.join(cells)} |")
+    failed = [row["label"] for row in ranked if any("error" in run for run in row["runs"])]
+    lines += ["", f"Stopped before their end in some seed: {', '.join(failed)}." if failed else "No run was stopped."]
+    lines += ["", "![What each method draws with fewest evaluations, seed 0](generators.png)", ""]
+    (out / "generators.md").write_text("\n".join(lines), encoding="utf-8")
+    draw_all(ranked, {m.label: m for m in rows}, homes[0], out / "generators.png")
+
+
+def cell(runs: list[dict[str, Any]], own: list[float], count: int) -> str:
+    """Return mean, standard error, and ratio to the teacher's of W@count."""
+    pairs = [(r[f"W@{count}"], t) for r, t in zip(runs, own, strict=True) if f"W@{count}" in r]
+    if not pairs:
+        return ""
+    values = [1000 * value for value, _ in pairs]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    ratio = statistics.fmean(v for v, _ in pairs) / statistics.fmean(t for _, t in pairs)
+    return f"{statistics.fmean(values):.1f} ± {error:.1f} ({ratio:.2f})"
+
+
+def draw_all(ranked: list[dict[str, Any]], known: dict[str, Method], home: Path, file: Path) -> None:
+    """Draw a sheet of scatters, the teacher's with 35 evaluations first, then the methods as in the table."""
+    import io
+
+    from PIL import Image, ImageDraw
+    from safetensors.torch import load_file
+
+    from hone.diffusion.pictures import picture
+
+    def fewest(folder: Path) -> Any:
+        files = (folder / "drawn-1").glob("*.safetensors")
+        return load_file(min(files, key=lambda file: int(file.stem.rsplit("-", 1)[1])))["arrays"][:2000]
+
+    real = load_file(home / "teacher" / "drawn-1" / "heun-35.safetensors")["arrays"][:2000]
+    shown = [("teacher, 35 evaluations", real)]
+    for row in ranked:
+        folder = Task(known[row["label"]], 0, row["lr"], row["steps"], home).run
+        if (folder / "drawn-1").is_dir():
+            shown.append((row["label"], fewest(folder)))
+    side, columns = 200, 6
+    sheet = Image.new("L", (columns * side, -(-len(shown) // columns) * (side + 14)), 255)
+    for place, (label, points) in enumerate(shown):
+        corner = (place % columns * side, place // columns * (side + 14))
+        sheet.paste(Image.open(io.BytesIO(picture(points, real))).resize((side, side)), (corner[0], corner[1] + 14))
+        ImageDraw.Draw(sheet).text((corner[0] + 4, corner[1] + 2), label, fill=0)
+    sheet.save(file)
+
+
+if __name__ == "__main__":
+    main()
