@@ -13,7 +13,7 @@ export PIP_CONSTRAINT ?= $(CONSTRAINTS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format evidence bench family docs clean
+.PHONY: help demo test lint format evidence bench family generators docs clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ bench: $(VENV)/.test  ## speed and memory against peers, side by side; what the 
 
 family: $(VENV)/.test  ## compare all adapters on one task, five seeds each; about an hour and a half
 	$(BIN)/python bench/family.py --out docs/evidence/compare-adapters.json
+
+generators: $(VENV)/.test  ## compare generators of few steps under one budget, five seeds each; about an hour
+	$(BIN)/python bench/generators.py --out docs/evidence
 
 docs: $(VENV)/.test  ## write the pages about methods anew and build the documentation into build/site
 	$(BIN)/python -m hone.evidence.pages

@@ -86,6 +86,9 @@ def f_distill_beats_reverse_kl(scratch: Path) -> Trial:
     """The Jensen-Shannon divergence draws nearer points than the reverse Kullback-Leibler divergence.
 
     Task: the grid, whose modes a student can lose.
+
+    Finding: no difference shown (-0.016, -0.116 to +0.058): neither lost a mode, and the seeds of the reverse
+    divergence alone lie between 0.08 and 0.21.
     """
     common = {"name": "f-distill", "teacher": "truth"}
     return versus(

@@ -62,6 +62,9 @@ def lightning_sharper(scratch: Path) -> Trial:
     """The last students of a progressive distillation draw sharper points where a discriminator judges them.
 
     Task: eight Gaussians on a ring, 16 steps halved to 1; precision is the share of points that lie within the data.
+
+    Finding: no difference shown (-0.03, -0.11 to +0.04). Progressive distillation of points is sharp without a
+    discriminator (0.86 of the points within the data); there is no blur for it to take away.
     """
     plan = [16, 8, 4, 2, 1]
     return Trial(
@@ -175,7 +178,9 @@ def annealed_small(scratch: Path) -> Trial:
 
     Task: eight Gaussians on a ring, a student of width 24 beside a teacher of width 64.
 
-    Finding: contradicted here by a little: 0.018 (0.008 to 0.027) further than fresh noise alone.
+    Finding: contradicted by a little: 0.018 (0.008 to 0.027) further, in all five seeds. With two coordinates fresh
+    noise alone is learned in the steps given; the paper's student is fifteen times smaller than its teacher and its
+    arrays have 3,072.
     """
     return Trial(
         recipe=FLOW, baseline=small("reflow", {"name": "reflow"}), metric="energy@1", checks=ONE, paper=SLIM,
@@ -188,6 +193,9 @@ def flow_guided_online(scratch: Path) -> Trial:
     """With few pairs, two-step samples of the teacher for fresh noise make a better one-step student.
 
     Task: eight Gaussians on a ring; a flow, its reflow with 500 pairs, and its distillation with the same pairs.
+
+    Finding: no difference (0.001, -0.004 to 0.007): with 500 pairs of two coordinates the student is as near as its
+    flow already, at the floor of the measure.
     """
 
     def side(label: str, online: float) -> Side:

@@ -69,6 +69,9 @@ def ddim_deterministic(scratch: Path) -> Trial:
     """Ten deterministic steps draw better points than ten ancestral ones.
 
     Task: eight Gaussians on a ring; eta 0 against 1.
+
+    Finding: no difference (0.001, -0.010 to 0.010): ten steps of either come to 0.105. The paper's difference is
+    between images, where ancestral noise of few steps is seen.
     """
     paper = ("Denoising Diffusion Implicit Models", "arXiv:2010.02502")
     return _against(with_solver("eta 1", "ddim", steps=10, eta=1.0), with_solver("eta 0", "ddim", steps=10), paper)
@@ -314,6 +317,10 @@ def adaptive_guidance_near(scratch: Path) -> Trial:
 
     Task: eight Gaussians on a ring with classes; arrays from the same noise, 20 steps, guidance 2. The baseline, 20
     evaluations without guidance, is how far nothing comes.
+
+    Finding: contradicted here: with the default threshold guidance ends after 13 or 14 of 20 steps, so that 33 or 34 of
+    40 evaluations keep three quarters of the effect. On a ring of narrow Gaussians the two answers part again late,
+    where images have long agreed.
     """
     return _guided(with_solver("adaptive", "adaptive-guidance", of=GUIDED), 0.9)
 

@@ -18,6 +18,9 @@ def ctm_more_steps(scratch: Path) -> Trial:
 
     Task: eight Gaussians on a ring, a teacher of 2,000 steps and a student of 1,000; four jumps without noise against
     four steps of denoising and adding noise.
+
+    Finding: no difference (0.004, -0.056 to 0.067): both are at 0.06 in four steps, and differ more from seed to seed
+    than from each other. On points the noise that is added again costs a consistency model little.
     """
     four = {"solvers": [{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 4}]}
     return Trial(
