@@ -32,7 +32,7 @@ from oracles.known import Known, noise
 
 def batch_of(count: int = 8) -> Batch:
     arrays, labels = Known().mixture.sample(count, torch.Generator().manual_seed(3))
-    return Batch(arrays, labels, torch.arange(count), torch.full((count,), -1))
+    return Batch(arrays, labels, torch.full((count,), -1))
 
 
 def with_teacher(objective, teacher=None, progress: float = 0.0):
@@ -259,7 +259,7 @@ def test_a_model_of_several_numbers_of_steps_is_shown_the_solver_s():
 def test_clean_steps_are_judged_with_noise_of_one_of_the_levels():
     objective = Lightning(teacher="truth", judged=[0.5, 2.0])
     made, real = torch.zeros(400, 2, dtype=torch.float64), torch.ones(400, 2, dtype=torch.float64)
-    batch = Batch(made, torch.full((400,), -1), torch.arange(400), torch.full((400,), -1))
+    batch = Batch(made, torch.full((400,), -1), torch.full((400,), -1))
     then = torch.cat([torch.zeros(200), torch.full((200,), 1.5)]).double()
     torch.manual_seed(0)
     one, other, level = objective.shown(batch, made, real, then)

@@ -24,7 +24,7 @@ TOP = 20.0
 
 def batch_of(count: int = 8, shape: tuple[int, ...] = (2,)) -> Batch:
     none = torch.full((count,), -1)
-    return Batch(torch.zeros(count, *shape, dtype=torch.float64), none, torch.arange(count), none)
+    return Batch(torch.zeros(count, *shape, dtype=torch.float64), none, none)
 
 
 def given(objective, made, start, progress: float = 0.0):

@@ -55,7 +55,7 @@ class Exact:
 def batch_of(count: int) -> Batch:
     arrays, _ = mixture().sample(count, torch.Generator().manual_seed(3))
     none = torch.full((count,), -1)
-    return Batch(arrays, none, torch.arange(count), none)
+    return Batch(arrays, none, none)
 
 
 def network(seed: int = 0, classes: int = 0, extras: int = 1) -> Denoiser:
