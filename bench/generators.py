@@ -310,10 +310,10 @@ def write(result: dict[str, Any], rows: list[Method], homes: dict[int, Path], ou
         "in brackets how many times the teacher's own distance with 35 evaluations, which is "
         f"{1000 * statistics.fmean(own):.1f}; the floor is {1000 * result['floor']:.1f}. One step of the teacher: "
         f"{1000 * statistics.fmean(r['W@1'] for r in result['teachers']):.0f}. ± is the standard error.", "",
-        "| method | steps | lr | W@1 | W@2 | W@3 |", "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| method | steps | lr | W@1 | W@2 |", "| --- | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for row in ranked:
-        cells = [cell(row["runs"], own, count) for count in (1, 2, 3)]
+        cells = [cell(row["runs"], own, count) for count in (1, 2)]
         mark = " (no teacher)" if row["scratch"] else ""
         lines.append(f"| {row['label']}{mark} | {row['steps']:,} | {row['lr']:g} | {' | '.join(cells)} |")
     failed = [row["label"] for row in ranked if any("error" in run for run in row["runs"])]
