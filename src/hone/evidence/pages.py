@@ -276,7 +276,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         config: of the site.
     """
     kinds = ((kind, [{e.name: address(kind, e.name)} for e in entries(kind)]) for kind in KINDS)
-    compared = (Path(config.docs_dir) / "evidence").glob(f"{COMPARED}*.json")
+    written = {path.stem for path in (Path(config.docs_dir) / "evidence").glob("*.md")} - {"index"}
     methods: list[Any] = ["methods/index.md", *({_title(kind): found} for kind, found in kinds if found)]
     config.nav = [
         {"Home": "index.md"},
@@ -284,7 +284,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                    {"Learning from rewards": "reinforcement.md"}, {"Few-step generators": "generators.md"},
                    "CONTRIBUTING.md", "CHANGELOG.md"]},
         {"Methods": methods}, {"Papers": "papers.md"}, {"Design": "design.md"},
-        {"Evidence": ["evidence/index.md", *sorted(f"evidence/{path.stem}.md" for path in compared)]},
+        {"Evidence": ["evidence/index.md", *(f"evidence/{stem}.md" for stem in sorted(written))]},
     ]  # fmt: skip
     return config
 
