@@ -1,13 +1,13 @@
 """Few-step generators side by side: one teacher, one budget of operations, five seeds; writes a table and pictures.
 
-    python bench/generators.py [--seeds 5] [--jobs 2] [--only METHOD,METHOD] [--out FOLDER]
+    python bench/generators.py [--seeds 5] [--jobs 2] [--only "METHOD;METHOD"] [--out FOLDER]
 
-Task: eight narrow Gaussians on a ring, whose density is known. For each seed a teacher (an MLP of width 64 and depth 3)
-is trained for 10,000 steps of 256 points. Methods that tune or distil start from it and may spend 1/8 of the operations
-that its training took, their own teacher's and critics' passes and what they prepare included; methods without a
-teacher may spend 9/8, as much as the others in all. Operations are counted by torch at two lengths of run, which tells
-what a step costs from what preparing costs. The learning rate of each method is the best of three, chosen with another
-seed and its own teacher by W@1 (or with fewest evaluations).
+Task: eight narrow Gaussians on a ring, whose density is known. For each seed a teacher (an MLP of width 64 and depth
+3) is trained for 10,000 steps of 256 points. Methods that tune or distil start from it and may spend 1/8 of the
+operations that its training took, their own teacher's and critics' passes and what they prepare included; methods
+without a teacher may spend 9/8, as much as the others in all. Operations are counted by torch at two lengths of run,
+which tells what a step costs from what preparing costs. The learning rate of each method is the best of three (two for
+NitroFusion), chosen with another seed and its own teacher by W@1 (or with fewest evaluations).
 
 W@n is the sliced 2-Wasserstein distance of 20,000 drawn points, each by n evaluations of the network, from 60,000 of
 the density itself. The ratio is to the teacher's own with 35 evaluations (Heun's method). "floor" is what 20,000 points
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 TEACHER_STEPS, SHARE, RATES, TUNING_SEED = 10_000, 1 / 8, (3e-3, 1e-3, 2e-4), 1000
+ONE_RATE = (1e-3,)  # for the long runs of those without a teacher
 DRAWN, TRUE = 20_000, 60_000
 ONE_AND_TWO: tuple[dict[str, Any], ...] = ({"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2})
 POINTS: dict[str, Any] = {
@@ -48,7 +49,7 @@ class Method:
         taught: whether it is told the teacher.
         scratch: whether it starts from fresh weights, with 9/8 of the teacher's operations.
         solvers: draw the points.
-        more: further fields of the recipe.
+        adam: further options of the optimizer.
         rates: learning rates of which the better one is taken.
     """
 
@@ -57,7 +58,7 @@ class Method:
     taught: bool = True
     scratch: bool = False
     solvers: tuple[dict[str, Any], ...] = ONE_AND_TWO
-    more: dict[str, Any] = field(default_factory=dict)
+    adam: dict[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = RATES
 
 
@@ -81,7 +82,7 @@ def methods() -> list[Method]:
         Method("Uni-Instruct, forward KL", {"name": "uni-instruct", "divergence": "forward-kl"}),
         Method("SMD", {"name": "smd"}),
         Method("NitroFusion", {"name": "nitrofusion", "critic_updates": 2, "critic_rate": 2.0},
-               more={"optimizer": {"name": "adamw", "beta1": 0.5}}, rates=(2e-4, 5e-5)),
+               adam={"beta1": 0.5}, rates=(2e-4, 5e-5)),
         Method("MMD tuning, one step", {"name": "mmd-ddm", "steps": 1}, False, solvers=ddim(1, schedule="karras")),
         Method("MMD tuning, two steps", {"name": "mmd-ddm", "steps": 2}, False, solvers=ddim(2, schedule="karras")),
     ]  # fmt: skip
@@ -105,9 +106,9 @@ def methods() -> list[Method]:
         Method("SlimFlow's flow-guided", {"name": "flow-guided", "pairs": 5000}, solvers=ddim(1, schedule="flow")),
     ]  # fmt: skip
     alone = [
-        Method("CT", {"name": "ct", "end": 20}, False, scratch=True),
-        Method("iCT", {"name": "ict", "end": 160}, False, scratch=True),
-        Method("SMT", {"name": "smt", "critic_rate": 5.0}, False, scratch=True),
+        Method("CT", {"name": "ct", "end": 20}, False, scratch=True, rates=ONE_RATE),
+        Method("iCT", {"name": "ict", "end": 160}, False, scratch=True, rates=ONE_RATE),
+        Method("SMT", {"name": "smt", "critic_rate": 5.0}, False, scratch=True, rates=ONE_RATE),
     ]
     return [*matching, *paths, *alone]
 
@@ -122,7 +123,6 @@ class Task:
         rate: learning rate.
         steps: optimizer steps.
         folder: where the runs of this seed are.
-        draws: whether it is evaluated.
     """
 
     method: Method | None
@@ -130,18 +130,14 @@ class Task:
     rate: float
     steps: int
     folder: Path
-    draws: bool = True
-
-    @property
-    def name(self) -> str:
-        """Name of a method's run."""
-        label = "".join(c if c.isalnum() else "-" for c in self.method.label) if self.method else ""
-        return f"{label}-{self.rate:g}-{self.steps}"
 
     @property
     def run(self) -> Path:
         """Its folder."""
-        return self.folder / ("teacher" if self.method is None else self.name)
+        if self.method is None:
+            return self.folder / "teacher"
+        label = "".join(c if c.isalnum() else "-" for c in self.method.label)
+        return self.folder / f"{label}-{self.rate:g}-{self.steps}"
 
     def recipe(self) -> dict[str, Any]:
         """Return the recipe's fields."""
@@ -157,68 +153,86 @@ class Task:
                 objective["teacher"] = str(self.folder / "teacher")
             if not self.method.scratch:
                 fields["model"] = {"name": "denoiser", "path": str(self.folder / "teacher")}
-            fields |= {"objective": objective, "solvers": list(self.method.solvers), **self.method.more}
-            fields["optimizer"] = {**fields["optimizer"], "lr": self.rate}
+            fields |= {"objective": objective, "solvers": list(self.method.solvers)}
+            fields["optimizer"] |= self.method.adam
         return fields
 
 
 def train(task: Task) -> dict[str, Any]:
-    """Train, and return the distances of what is drawn, or the operations where they are to be counted."""
+    """Train, and return the distances of what is drawn by "W@evaluations", or why the run stopped."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from hone.engine.flops import _UNCOUNTED
     from hone.engine.run import run
     from hone.errors import HoneError
     from hone.recipe import Recipe
 
     torch.set_num_threads(1)
-    recipe = Recipe.of(**task.recipe())
-    folder = task.run
-    kept = folder / "distances.json"
-    if task.draws and kept.is_file():
+    kept = task.run / "distances.json"
+    if kept.is_file():
         return json.loads(kept.read_text())
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(task.run, ignore_errors=True)
+    recipe = Recipe.of(**task.recipe())
     began = time.perf_counter()
     try:
-        if not task.draws:
-            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
-                run(recipe)
-            return {"flops": counter.get_total_flops()}
         run(recipe)
     except HoneError as error:  # a method that diverges is a result of this bench too
         return {"error": str(error)}
-    found = {**drawn(folder, recipe, task.seed), "seconds": time.perf_counter() - began}
+    draw(task, recipe)
+    distances = {f"W@{calls}": distance(points) for calls, points in drawn(task).items()}
+    found = {**distances, "seconds": time.perf_counter() - began}
     kept.write_text(json.dumps(found))
     return found
 
 
+def operations(task: Task) -> int:
+    """Return the operations of a whole run."""
+    import torch
+
+    from hone.engine.flops import counting
+    from hone.engine.run import run
+    from hone.recipe import Recipe
+
+    torch.set_num_threads(1)
+    shutil.rmtree(task.run, ignore_errors=True)
+    with counting() as counter:
+        run(Recipe.of(**task.recipe()))
+    return counter.get_total_flops()
+
+
 @cache
 def truth(count: int, seed: int) -> Any:
-    """Return points of the density itself (count, 2), float64."""
+    """Return points of the density itself (count, 2)."""
     import torch
 
     from hone.options import build_part
 
     points, _ = build_part("data", POINTS["data"]).truth().sample(count, torch.Generator().manual_seed(seed))
-    return points.double()
+    return points
 
 
-def drawn(folder: Path, recipe: Any, seed: int) -> dict[str, float]:
-    """Draw points with a run's solvers and return their distances from the density by "W@evaluations"."""
-    from safetensors.torch import load_file
-
-    from hone.diffusion.use import sample_arrays
+def distance(points: Any) -> float:
+    """Return the sliced Wasserstein distance of points (N, 2) from those of the density."""
     from hone.options import build_part
 
-    shutil.rmtree(folder / "drawn-1", ignore_errors=True)
-    sample_arrays(folder, folder / "model", recipe, DRAWN, seed)
-    measure = build_part("distance", {"name": "sliced-wasserstein", "directions": 64})
-    files = (folder / "drawn-1").glob("*.safetensors")
-    return {
-        f"W@{file.stem.rsplit('-', 1)[1]}": measure.between(load_file(file)["arrays"].double(), truth(TRUE, 1))
-        for file in files
-    }
+    return build_part("distance", {"name": "sliced-wasserstein", "directions": 64, "most": TRUE})(
+        points, truth(TRUE, 1)
+    )
+
+
+def draw(task: Task, recipe: Any) -> None:
+    """Draw points with a run's solvers, into its folder."""
+    from hone.diffusion.use import sample_arrays
+
+    sample_arrays(task.run, task.run / "model", recipe, DRAWN, task.seed)
+
+
+def drawn(task: Task) -> dict[int, Any]:
+    """Return the points (N, 2) that a run has drawn by evaluations of the network, fewest first."""
+    from safetensors.torch import load_file
+
+    files = (task.run / "drawn-1").glob("*.safetensors")
+    found = {int(file.stem.rsplit("-", 1)[1]): load_file(file)["arrays"] for file in files}
+    return dict(sorted(found.items()))
 
 
 def steps_within(method: Method, budget: float, folder: Path, pool: Any) -> int:
@@ -231,26 +245,20 @@ def steps_within(method: Method, budget: float, folder: Path, pool: Any) -> int:
         pool: runs it.
     """
     short, long = 5, 15  # both whole rounds of critics that are trained several times between
-    spent = [row.get("flops") for row in pool.map(
-        train, [Task(method, TUNING_SEED, 1e-5, count, folder, draws=False) for count in (short, long)], chunksize=1
-    )]  # fmt: skip
-    if None in spent:
-        raise SystemExit(f"{method.label}: does not run: {spent}")
+    spent = pool.map(operations, [Task(method, TUNING_SEED, 1e-5, n, folder) for n in (short, long)], chunksize=1)
     each = (spent[1] - spent[0]) / (long - short)
     return max(1, int((budget - (spent[0] - short * each)) / each))
 
 
 def first_score(row: dict[str, Any]) -> float:
     """Return the distance with fewest evaluations, infinite where the run failed."""
-    found = {int(key.split("@")[1].split()[0]): value for key, value in row.items() if key.startswith("W@")}
+    found = {int(key.removeprefix("W@")): value for key, value in row.items() if key.startswith("W@")}
     value = found[min(found)] if found else math.inf
     return value if math.isfinite(value) else math.inf
 
 
 def main() -> None:
     """Run the bench and write what came out."""
-    from hone.options import build_part
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2)
@@ -277,19 +285,18 @@ def main() -> None:
             shown = f"{statistics.fmean(ratio):.2f} x the teacher with fewest evaluations"
             print(method.label, found[-1]["steps"], "steps, lr", found[-1]["lr"], shown, flush=True)
     result = {"teachers": [teachers[seed] for seed in seeds], "methods": found, "teacher_steps": TEACHER_STEPS}
-    floor = build_part("distance", {"name": "sliced-wasserstein", "directions": 64})
-    result["floor"] = statistics.fmean(floor.between(truth(DRAWN, 2 + n), truth(TRUE, 1)) for n in range(5))
+    result["floor"] = statistics.fmean(distance(truth(DRAWN, 2 + n)) for n in range(5))
     write(result, rows, homes, given.out)
 
 
 def measure(method: Method, budget: float, homes: dict[int, Path], seeds: Any, pool: Any) -> dict[str, Any]:
     """Choose a method's learning rate, train it with every seed, and return its row."""
     steps = steps_within(method, budget, homes[TUNING_SEED], pool)
-    rates = (1e-3,) if method.scratch else method.rates
-    tried = [] if len(rates) == 1 else pool.map(
-        train, [Task(method, TUNING_SEED, r, steps, homes[TUNING_SEED]) for r in rates], chunksize=1
-    )  # fmt: skip
-    rate = rates[min(range(len(tried)), key=lambda i: first_score(tried[i]))] if tried else rates[0]
+    rate, tried = method.rates[0], []
+    if len(method.rates) > 1:
+        home = homes[TUNING_SEED]
+        tried = pool.map(train, [Task(method, TUNING_SEED, r, steps, home) for r in method.rates], chunksize=1)
+        rate = min(zip(method.rates, tried, strict=True), key=lambda pair: first_score(pair[1]))[0]
     runs = pool.map(train, [Task(method, seed, rate, steps, homes[seed]) for seed in seeds], chunksize=1)
     return {"label": method.label, "objective": method.objective, "scratch": method.scratch, "steps": steps, "lr": rate,
             "tried": tried, "runs": runs}  # fmt: skip
@@ -339,20 +346,18 @@ def draw_all(ranked: list[dict[str, Any]], known: dict[str, Method], home: Path,
     import io
 
     from PIL import Image, ImageDraw
-    from safetensors.torch import load_file
 
     from hone.diffusion.pictures import picture
 
-    def fewest(folder: Path) -> Any:
-        files = (folder / "drawn-1").glob("*.safetensors")
-        return load_file(min(files, key=lambda file: int(file.stem.rsplit("-", 1)[1])))["arrays"][:2000]
+    def fewest(task: Task) -> Any:
+        return next(iter(drawn(task).values()))[:2000]
 
-    real = load_file(home / "teacher" / "drawn-1" / "heun-35.safetensors")["arrays"][:2000]
+    real = drawn(Task(None, 0, 1e-3, TEACHER_STEPS, home))[35][:2000]
     shown = [("teacher, 35 evaluations", real)]
     for row in ranked:
-        folder = Task(known[row["label"]], 0, row["lr"], row["steps"], home).run
-        if (folder / "drawn-1").is_dir():
-            shown.append((row["label"], fewest(folder)))
+        task = Task(known[row["label"]], 0, row["lr"], row["steps"], home)
+        if (task.run / "drawn-1").is_dir():
+            shown.append((row["label"], fewest(task)))
     side, columns = 200, 6
     sheet = Image.new("L", (columns * side, -(-len(shown) // columns) * (side + 14)), 255)
     for place, (label, points) in enumerate(shown):

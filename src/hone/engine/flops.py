@@ -38,6 +38,11 @@ _UNCOUNTED = {
 }
 
 
+def counting() -> FlopCounterMode:
+    """Return a context that counts the operations within: matrix products, convolutions and attention."""
+    return FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+
+
 def count_flops(trainer: Trainer, trees: Sequence[Tree]) -> int:
     """Return the operations of one training step: matrix products, convolutions and attention, 2 per multiply and add.
 
@@ -46,7 +51,7 @@ def count_flops(trainer: Trainer, trees: Sequence[Tree]) -> int:
         trees: what it trains on.
     """
     limit, trainer.limit = trainer.limit, min(trainer.limit, SHORT)
-    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+    with counting() as counter:
         trainer.train_step(trees)
     trainer.limit = limit
     return int(counter.get_total_flops())

@@ -89,6 +89,11 @@ class Job:
         """Let a failed cell be computed again."""
         (self.folder / "failure.json").unlink(missing_ok=True)
 
+    def drop_models(self) -> None:
+        """Delete the models of a finished run, which would fill the disk; its figures stay."""
+        for model in self.run.glob("**/model"):
+            shutil.rmtree(model)
+
 
 class Store:
     """Where cells lie, shared by all comparisons that compute the same ones."""
@@ -246,8 +251,7 @@ def _train(job: Job) -> None:
     for checkpoints in job.run.glob("**/checkpoints"):  # they serve to go on, and nothing is left to do
         shutil.rmtree(checkpoints)
     if not job.keeps:
-        for model in job.run.glob("**/model"):
-            shutil.rmtree(model)
+        job.drop_models()
 
 
 def _measure(job: Job) -> None:

@@ -6,7 +6,6 @@ import datetime
 import importlib
 import json
 import pkgutil
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,10 +106,9 @@ def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path
     baseline, method = contest.entrants
     for entrant in (baseline, method):
         _further(entrant, trial)
-    if trial.figures is not None:  # figures are kept, models, which would fill the disk, are not
+    if trial.figures is not None:
         for job in (*baseline.jobs.values(), *method.jobs.values()):
-            for model in job.run.glob("**/model"):
-                shutil.rmtree(model)
+            job.drop_models()
     checks = [_checked(check, baseline, method, contest) for check in trial.checks]
     failure = next((text for e in (baseline, method) for text in (e.reason, *e.failures.values()) if text), "")
     usable = all(row["verdict"] for row in checks)

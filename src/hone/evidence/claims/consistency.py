@@ -18,7 +18,6 @@ POINTS: dict[str, Any] = {
     "solvers": [{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}], "distances": ["energy"],
 }  # fmt: skip
 TEACHER: dict[str, Any] = {"name": "teacher", "objective": "denoise", "steps": 2000}
-ADAM: dict[str, Any] = {"name": "adamw", "lr": 1e-3}
 RATES: dict[str, Any] = {"stages.1.optimizer.lr": [1e-3, 2e-4]}  # of the student
 BOTH = (Check(metric="energy@1", direction="lower"), Check(metric="energy@2", direction="lower"))
 SHORT_CT: dict[str, Any] = {"name": "ct", "end": 20}  # its default of 150 levels is for 800,000 steps
@@ -129,9 +128,10 @@ def scm_beats_discrete(scratch: Path) -> Trial:
     or at 1e-4.
     """
     trig = {"model": kind("trigflow")}
-    method = taught("sCM", {"name": "scm"}, optimizer=ADAM)
+    method = taught("sCM", {"name": "scm"}, optimizer=POINTS["optimizer"])
     return Trial(
-        recipe=POINTS, baseline=taught("CD", {"name": "cd"}, optimizer=ADAM), metric="energy@2", tune=RATES,
+        recipe=POINTS, metric="energy@2", tune=RATES,
+        baseline=taught("CD", {"name": "cd"}, optimizer=POINTS["optimizer"]),
         method=Side(label="sCM", settings={**trig, **method.settings}),
         checks=(Check(metric="energy@2", direction="lower"),),
         paper=("Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models", "arXiv:2410.11081"),
@@ -148,8 +148,8 @@ def sprint_beats_scm(scratch: Path) -> Trial:
     flow = {"model": kind("flow")}
     return Trial(
         recipe={**POINTS, **flow}, metric="energy@1", tune=RATES, checks=ONE,
-        baseline=taught("without", {"name": "sana-sprint", "adversarial": 0.0}, optimizer=ADAM),
-        method=taught("with", {"name": "sana-sprint"}, optimizer=ADAM),
+        baseline=taught("without", {"name": "sana-sprint", "adversarial": 0.0}, optimizer=POINTS["optimizer"]),
+        method=taught("with", {"name": "sana-sprint"}, optimizer=POINTS["optimizer"]),
         paper=("SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation", "arXiv:2503.09641"),
     )  # fmt: skip
 
