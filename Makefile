@@ -51,8 +51,9 @@ bench: $(VENV)/.test  ## speed and memory against peers, side by side; what the 
 family: $(VENV)/.test  ## compare all adapters on one task, five seeds each; about an hour and a half
 	$(BIN)/python bench/family.py --out docs/evidence/compare-adapters.json
 
-generators: $(VENV)/.test  ## compare generators of few steps under one budget, five seeds each; about an hour
-	$(BIN)/python bench/generators.py --out docs/evidence
+generators: $(VENV)/.test  ## compare generators of few steps under one budget, on points and on digits; about two hours
+	$(BIN)/python bench/generators.py --task points
+	$(BIN)/python bench/generators.py --task digits
 
 docs: $(VENV)/.test  ## write the pages about methods anew and build the documentation into build/site
 	$(BIN)/python -m hone.evidence.pages

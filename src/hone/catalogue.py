@@ -186,7 +186,9 @@ def named(name: str, kind: str | None = None) -> list[Entry]:
     prefix = name.split(":", 1)[0] + ":"
     found = [e for e in everything if e.name == name or (":" in name and e.name == prefix)]
     if not found:
-        hint = nearest(name, (e.name for e in everything)) or "see: hone list"
+        kinds = parts.KINDS if kind is None else [kind]
+        hint = next(filter(None, (parts.as_option(each, name) for each in kinds)), "")
+        hint = hint or nearest(name, (e.name for e in everything)) or f"try: hone find '{name}'"
         raise HoneError(f"there is no {kind or 'part or recipe'} called '{name}' ({hint})")
     return found
 

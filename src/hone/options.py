@@ -49,6 +49,9 @@ class Places:
         while path:
             if path in self.lines:
                 return f"{self.file}:{self.lines[path]}" if self.lines[path] else "--set"
+            inner = [line for other, line in self.lines.items() if other.startswith(f"{path}.")]
+            if inner:  # only something inside it was written, as by --set optimizer.lr=1
+                return f"{self.file}:{inner[0]}" if inner[0] else "--set"
             path = path.rpartition(".")[0]
         return self.file
 
@@ -83,6 +86,7 @@ def _check_value(hint: Any, value: Any) -> str:
         for item in error.errors():
             inner = ".".join(str(step) for step in item["loc"] if isinstance(step, int))
             text = item["msg"].replace("Input should be a valid ", "a ").replace("Input should be ", "")
+            text = text.replace("a integer", "an integer")
             found.setdefault(inner, []).append(text)
         inner, texts = next(iter(found.items()))
         where = f"item {inner}: " if inner else ""
@@ -196,7 +200,7 @@ def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
         return [Problem(at, str(error), places.find(at))]
     if parts.find(kind, name) is None:
         known = [record.name for record in parts.catalogue() if record.kind == kind]
-        hint = nearest(name, known) or f"known: {', '.join(known)}"
+        hint = parts.as_option(kind, name) or nearest(name, known) or f"see: hone list --kind {kind}"
         return [Problem(at, f"there is no {kind} called '{name}'", places.find(at), hint)]
     cls: Any = parts.load(kind, name)
     if ":" in name:

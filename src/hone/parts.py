@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import cache
@@ -113,6 +114,24 @@ def part(
         return cls
 
     return register
+
+
+def as_option(kind: str, name: str) -> str:
+    """Return how to switch on a method that is an option of a part, as DoRA is of LoRA; "" when there is none.
+
+    Args:
+        kind: kind of the part.
+        name: what the method is called; options say in brackets whose they are.
+    """
+    wanted = re.compile(rf"\((?:[^()]*[ ,;])?{re.escape(name)}(?:[ ,;'][^()]*)?\)", re.IGNORECASE)
+    found = [
+        (record, option) for record in catalogue() if record.kind == kind
+        for option in record.options if wanted.search(option.doc)
+    ]  # fmt: skip
+    if not found:
+        return ""
+    record, option = min(found, key=lambda pair: len(pair[0].options))  # those that inherit the option have more
+    return f"it is an option of {kind} '{record.name}': {option.name}, {option.doc}"
 
 
 def load(kind: str, name: str) -> type:

@@ -426,3 +426,10 @@ def test_a_list_of_500_parts_reads_every_file_and_hashes_every_claim_once(large:
 def test_a_search_among_500_parts_hashes_nothing(large: Counter[str]) -> None:
     assert search.find("metric number 123")[0].entry.name == "m123"
     assert large == {"parsed": 51, "read": 500}
+
+
+def test_a_method_that_is_an_option_of_another_is_named() -> None:
+    with pytest.raises(HoneError, match=r"an option of adapter 'lora': weight_decomposed"):
+        catalogue.named("dora")
+    with pytest.raises(HoneError, match=r"an option of objective 'dpo': length_penalty"):
+        catalogue.named("R-DPO", "objective")

@@ -65,6 +65,14 @@ def test_the_recipes_own_options_stay_where_a_variant_names_the_same_part(recipe
     assert lora.recipe().build("adapter").rank == 4 and full.recipe().adapter == "full"
 
 
+def test_a_variant_says_which_options_it_takes_from_its_own_defaults(recipe: Path) -> None:
+    _, pissa, full = variants(recipe, "adapter=lora,pissa,full")
+    assert pissa.notes == ("takes its own default rank 8, not lora's 4",) and full.notes == ()
+    assert variants(recipe, "adapter=lora,pissa", "adapter.rank=2")[1].notes == ()
+    tuned = expand([str(recipe)], [], {"adapter": ["lora", "pissa"]}, {}, ["adapter.rank"])
+    assert tuned[1].notes == ()
+
+
 def test_a_value_may_be_a_part_with_options_or_a_list(recipe: Path) -> None:
     made = variants(recipe, "adapter=[{name: lora, rank: 2}, full]", "metrics=[[], [accuracy]]")
     assert [v.label for v in made][:2] == ["adapter=lora(rank=2) metrics=[]", "adapter=lora(rank=2) metrics=[accuracy]"]
@@ -113,7 +121,7 @@ def test_settings_that_cannot_be_read_are_refused(text: str, said: str) -> None:
     [
         ("adapter=lora,ful", r"--vary: adapter: there is no adapter called 'ful' \(did you mean 'full'\?\)"),
         ("adapter.rnk=2", r"--vary: adapter.rnk: unknown option \(did you mean 'rank'\?\)"),
-        ("adapter.rank=2,many", r"--vary: adapter.rank: expected a integer, got 'many'"),
+        ("adapter.rank=2,many", r"--vary: adapter.rank: expected an integer, got 'many'"),
         ("data.path=none.jsonl", r"--vary: data.path: none.jsonl: there is no such file"),
     ],
 )

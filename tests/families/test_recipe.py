@@ -50,8 +50,8 @@ def test_what_was_switched_off_and_odd_names_survive_a_round_trip(tmp_path: Path
     [
         (("steps: 10", "stpes: 10"), "7: stpes: unknown option (did you mean 'steps'?)"),
         (("lora, rank: 4", "lora, rnak: 4"), "3: adapter.rnak: unknown option (did you mean 'rank'?)"),
-        (("rank: 4", "rank: four"), "3: adapter.rank: expected a integer, got 'four'"),
-        (("rank: 4", "rank: true"), "3: adapter.rank: expected a integer, got True"),
+        (("rank: 4", "rank: four"), "3: adapter.rank: expected an integer, got 'four'"),
+        (("rank: 4", "rank: true"), "3: adapter.rank: expected an integer, got True"),
         (("lr: 1e-4", "lr: -1e-4"), "6: optimizer.lr: expected greater than 0, got -0.0001"),
         (("name: adamw", "name: adamv"), "4: optimizer: there is no optimizer called 'adamv' (did you mean 'adamw'?)"),
         (("data: chains", "data: chain"), "2: data: there is no data called 'chain' (did you mean 'chains'?)"),

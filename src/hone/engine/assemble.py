@@ -124,12 +124,14 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     source = recipe.build("data")
     eval_source, eval_split = evaluation_data(recipe, source)
     start, objective = recipe.build("model"), recipe.build("objective")
-    model = start.load(device=cluster.device, dtype=cluster.dtype, data=source)
+    adapter = recipe.build("adapter")
+    # A base in few bits need not fit the device as it was: it is quantised where it was read, and moved then.
+    home = cluster.device if getattr(adapter, "quantize", "none") == "none" else torch.device("cpu")
+    model = start.load(device=home, dtype=cluster.dtype, data=source)
     model.checkpoint_layers(recipe.recompute)
     if not recipe.packing:
         model.packs = False
     _introduce(model, start, objective, source, eval_source)
-    adapter = recipe.build("adapter")
     context = adapter.room(model.context)
 
     def opened(label: str, which: Source, split: Split, consumes: str = objective.consumes) -> Opened:

@@ -14,6 +14,7 @@ from hone.data.mix import SOURCE
 from hone.data.sample import Message, Sample
 from hone.engine.loop import divide_among
 from hone.engine.progress import log
+from hone.figures import lower_is_better
 from hone.text.generate import generate
 from hone.text.pack import Packed, Tree
 
@@ -54,6 +55,16 @@ class Evaluation:
         losses = {"loss": self.loss, "general_loss": self.general_loss}
         known = {name: value for name, value in losses.items() if value is not None}
         return {**known, **self.by_source, **self.figures, **self.scores}
+
+    def rank(self) -> list[float] | None:
+        """Return what evaluations are ranked by, the smallest being the best; None when nothing was judged.
+
+        That is accuracy, or for arrays the first distance, and then the loss: accuracies are all 0 where whole answers
+        would have to be given word for word.
+        """
+        names = list(self.scores)[:1] if self.drawn else [name for name in self.scores if name == "accuracy"]
+        ranked = [self.scores[name] * (1 if lower_is_better(name) else -1) for name in names]
+        return [*ranked, *([] if self.loss is None else [self.loss])] or None
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Run:
         step: finished steps.
         tokens: tokens of all finished steps.
         stop: set to a reason to end the run after the step.
-        best: (value, step) of the best evaluation so far, smaller values being better.
+        best: (rank, step) of the best evaluation so far; the smallest rank is the best.
         folder: the run folder, None in a rehearsal.
         held_out: the trees that evaluations use, None when there are none.
         display: shows the progress of long preparations; None says nothing.
@@ -110,7 +110,7 @@ class Run:
     step: int = 0
     tokens: int = 0
     stop: str = ""
-    best: tuple[float, int] | None = None
+    best: tuple[list[float], int] | None = None
     folder: RunFolder | None = None
     held_out: Sequence[Tree] | None = None
     display: Any = None
@@ -160,7 +160,7 @@ class Run:
             HoneError: the checkpoint belongs to a run with other trained tensors.
         """
         self.step, self.tokens, self.stop = state["step"], state["tokens"], state["stop"]
-        self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
+        self.best = None if state["best"] is None else (list(state["best"][0]), state["best"][1])
         for name, player in self.players.items():
             load_tensors(dict(player.params), state["players"][name]["weights"], f"player '{name}'")
             if (active := state["players"][name]["active"]) != player.active:

@@ -161,9 +161,9 @@ class Stage:
             self.display.say(f"step {run.step}: held-out {numbers}")
             self.trackers.log({f"eval/{k}": v for k, v in row.items() if k != "step"}, run.step)
         self.evaluations.append(row)
-        value = -found.scores["accuracy"] if "accuracy" in found.scores else found.loss
-        if value is not None and run.step > 0 and (run.best is None or value < run.best[0]):
-            run.best = (float(value), run.step)
+        rank = found.rank()
+        if rank is not None and run.step > 0 and (run.best is None or rank < run.best[0]):
+            run.best = (rank, run.step)
             if run.recipe.final == "best":
                 self._checkpoint()
 

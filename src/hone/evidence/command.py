@@ -64,7 +64,7 @@ class Request:
         vary = _settings(self.vary, "--vary")
         tune = _settings(self.tune, "--tune")
         first = Recipe.load(self.recipes[0], self.overrides)
-        variants = expand(self.recipes, self.overrides, vary, _general(self.general, first))
+        variants = expand(self.recipes, self.overrides, vary, _general(self.general, first), tune)
         return Comparison(
             name=first.name, variants=tuple(variants), seeds=self.seeds, budget=budget, tune=tune, metric=self.metric,
             baseline=self.baseline, command=self.command,

@@ -25,7 +25,8 @@ from hone.evidence.charts import (
     ticks,
     trained,
 )
-from hone.evidence.layout import SHARE, finite, gap, lower_is_better, quantity, said, short, title
+from hone.evidence.layout import SHARE, finite, gap, quantity, said, short, title
+from hone.figures import lower_is_better
 
 COSTS = ("training_seconds", "peak_memory", "trained", "flops", "tokens", "forgetting")
 _UNITS = {"training_seconds": "training seconds", "peak_memory": "peak memory in MiB"}

@@ -31,7 +31,6 @@ from hone.evidence.layout import (
     compared,
     finite,
     gap,
-    lower_is_better,
     quantity,
     render,
     said,
@@ -40,6 +39,7 @@ from hone.evidence.layout import (
     title,
     together,
 )
+from hone.figures import lower_is_better
 from hone.recipe import read_yaml
 
 TONES = {"better": "good", "worse": "bad", "failed": "bad", "baseline": "", "running": "warn"}

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hone import options as opt
+from hone import parts
 from hone.engine.progress import Display
 from hone.errors import HoneError, RecipeError, nearest
 from hone.evidence.budget import Budget
 from hone.evidence.cells import Job, Store, values
-from hone.evidence.layout import lower_is_better
 from hone.evidence.pool import Pool
 from hone.evidence.variants import Settings, Variant, grid, show
+from hone.figures import lower_is_better
 from hone.recipe import Recipe
 
 TUNING_SEED = 1_000_003  # apart from the seeds that are compared, so that no variant is chosen on them
@@ -61,7 +62,7 @@ class Comparison:
             hint = nearest(self.baseline, labels) or f"variants: {', '.join(labels)}"
             raise HoneError(f"--baseline: there is no variant '{self.baseline}' ({hint})")
         names = {name for variant in self.variants for name in metric_names(variant.recipe())}
-        if self.metric and self.metric not in names:
+        if self.metric and self.metric not in names and self.metric.partition("@")[0] + "@n" not in names:
             hint = nearest(self.metric, names) or f"metrics: {', '.join(sorted(names))}"
             raise HoneError(f"--metric: the runs have no '{self.metric}' ({hint})")
         if clash := [path for variant in self.variants for path in variant.settings if path in self.tune]:
@@ -329,9 +330,15 @@ class Contest:
         if self.comparison.metric and names and self.comparison.metric not in names:
             hint = nearest(self.comparison.metric, names) or f"metrics: {', '.join(sorted(names))}"
             raise HoneError(f"--metric: the runs have no '{self.comparison.metric}' ({hint})")
+        if self.comparison.metric:
+            return self.comparison.metric
         recipe = self.entrants[0].variant.recipe()
+        if _draws(recipe):
+            return _fewest(recipe, names) or "loss"
         coming = not names and recipe.eval_samples and "accuracy" in recipe.metrics  # nothing has been found yet
-        return self.comparison.metric or ("accuracy" if coming or "accuracy" in names else "loss")
+        answered = any(figures.get("accuracy") for figures in found)
+        # Whole free answers are never given word for word: an accuracy of 0 everywhere ranks nothing.
+        return "accuracy" if coming or answered or "loss" not in names else "loss"
 
     def resolution(self, metric: str) -> float:
         """Return the smallest step of a metric: an accuracy over 100 answers moves by 0.01.
@@ -347,15 +354,34 @@ class Contest:
 
 
 def metric_names(recipe: Recipe) -> set[str]:
-    """Return the names of the figures that a run of a recipe may have.
+    """Return the names of the figures that a run of a recipe may have; "energy@n" for those after n evaluations.
 
     Args:
         recipe: a checked recipe.
     """
     last = recipe.staged()[-1]
+    if _draws(last):
+        return {"loss", *COSTS, *(f"{name}@n" for name in _distances(last) if last.eval_samples and last.solvers)}
     judged = {opt.split_spec("metric", spec)[0] for spec in last.metrics} if last.eval_samples else set()
     general = set() if last.general_data is None else {"general_loss", "forgetting"}
     return {"loss", *COSTS, *judged, *general}
+
+
+def _draws(recipe: Recipe) -> bool:
+    """Return whether a recipe trains what draws arrays."""
+    record = parts.find("objective", opt.split_spec("objective", recipe.staged()[-1].objective)[0])
+    return record is not None and record.medium == "arrays"
+
+
+def _distances(recipe: Recipe) -> list[str]:
+    return [opt.split_spec("distance", spec)[0] for spec in recipe.distances]
+
+
+def _fewest(recipe: Recipe, names: Iterable[str]) -> str:
+    """Return a recipe's first distance after the fewest evaluations of the network, "" where none was measured."""
+    first = _distances(recipe.staged()[-1])[:1]
+    found = [name for name in names if name.partition("@")[0] in first and "@" in name]
+    return min(found, key=lambda name: (float(name.partition("@")[2].split()[0]), name), default="")
 
 
 def better(metric: str) -> str:

@@ -15,8 +15,6 @@ from plotly.offline import get_plotlyjs
 from hone.engine.progress import clock
 
 NONE = "\N{EN DASH}"  # what stands where there is no figure
-_LOWER = ("loss", "forgetting", "seconds", "memory", "trained", "flops", "tokens", "steps")
-_DISTANCES = ("energy", "wasserstein", "mmd", "frechet", "fid")  # between drawn and real arrays, as in energy@2
 SHARE = "accuracy"  # the metric that is shown in percent
 _WORDS = {
     "training_seconds": "training time", "peak_memory": "peak memory", "trained": "trained parameters",
@@ -66,12 +64,6 @@ def title(metric: str) -> str:
 def heading(metric: str) -> str:
     """Return what a chart or column of an evaluated metric is called."""
     return f"Held-out {title(metric)}" if metric != "general_loss" else "General loss"
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether less of a metric is better."""
-    name, at, _ = metric.partition("@")
-    return name.endswith(_DISTANCES) if at else name.endswith(_LOWER)
 
 
 def quantity(metric: str, value: Any) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from hone.engine.folder import RunFolder
 from hone.engine.progress import clock
 from hone.evidence.charts import Logs, Trace, Values, figure, read_logs, smooth, stages, steep
-from hone.evidence.layout import heading, lower_is_better, render
+from hone.evidence.layout import heading, render
+from hone.figures import lower_is_better
 
 SHOWN_SAMPLES = 12
 

@@ -34,11 +34,11 @@ from hone.evidence.layout import (
     finite,
     generator,
     heading,
-    lower_is_better,
     quantity,
     render,
     title,
 )
+from hone.figures import lower_is_better
 from hone.files import write_whole
 from hone.recipe import read_yaml
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,11 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Settings]:
 
 
 def expand(
-    recipes: Sequence[str], overrides: Sequence[str], vary: Mapping[str, Sequence[Any]], common: Settings
+    recipes: Sequence[str],
+    overrides: Sequence[str],
+    vary: Mapping[str, Sequence[Any]],
+    common: Settings,
+    tuned: Collection[str] = (),
 ) -> list[Variant]:
     """Return the variants: every combination of the varied settings on every recipe.
 
@@ -109,6 +113,7 @@ def expand(
         overrides: "a.b=value" settings for all of them.
         vary: values by dotted path.
         common: further fields for all of them.
+        tuned: paths whose best value will be looked for.
 
     Raises:
         RecipeError: a recipe is wrong, or no variant has one of the varied options.
@@ -122,7 +127,7 @@ def expand(
         raw = {**_given(base, read_yaml(path)[0], overrides), **common}
         prefix = f"{base.name}" if len(recipes) > 1 else ""
         for settings in grid(vary):
-            variant, problems = _variant(raw, settings, prefix)
+            variant, problems = _variant(raw, settings, prefix, tuned)
             refused = {**problems, **refused}  # the first one's hint is about a part that the user named first
             accepted.update(variant.settings)
             same = json.dumps(variant.recipe().plain(), sort_keys=True, default=str)
@@ -138,7 +143,9 @@ def _given(base: Recipe, raw: dict[str, Any], overrides: Sequence[str]) -> dict[
     return {name: value for name, value in base.plain().items() if name in given}
 
 
-def _variant(raw: dict[str, Any], settings: Settings, prefix: str) -> tuple[Variant, dict[str, Problem]]:
+def _variant(
+    raw: dict[str, Any], settings: Settings, prefix: str, tuned: Collection[str]
+) -> tuple[Variant, dict[str, Problem]]:
     """Return a variant without the settings that its parts do not have, and those with their problems."""
     fields, kept, dropped = copy.deepcopy(raw), dict[str, Any](), dict[str, Problem]()
     # Parts before their options, so that `adapter.rank` is that of the adapter which the variant names.
@@ -157,8 +164,36 @@ def _variant(raw: dict[str, Any], settings: Settings, prefix: str) -> tuple[Vari
         raise RecipeError(problems)
     kept = {path: kept[path] for path in settings if path in kept}
     label = " ".join([*([prefix] if prefix else []), *(f"{path}={show(value)}" for path, value in kept.items())])
-    notes = tuple(f"has no {path}" for path in dropped)
-    return Variant(label or fields.get("name", "recipe"), fields, kept, notes), dropped
+    notes = [f"has no {path}" for path in dropped]
+    notes += [note for path in kept if (note := _own_defaults(raw.get(path), fields.get(path), path, tuned))]
+    return Variant(label or fields.get("name", "recipe"), fields, kept, tuple(notes)), dropped
+
+
+def _own_defaults(before: Any, now: Any, path: str, tuned: Collection[str]) -> str:
+    """Return which options a recipe gives to its own part that another part has too and takes from its own defaults.
+
+    Args:
+        before: the recipe's part.
+        now: the variant's part.
+        path: the field.
+        tuned: paths that are tuned, so that no default is taken.
+    """
+    kind = PART_FIELDS.get(path)
+    if kind is None or not isinstance(before, dict) or now is None or isinstance(now, list):
+        return ""
+    (old, given), (new, own) = opt.split_spec(kind, before), opt.split_spec(kind, now)
+    record = opt.record_of(kind, now)
+    if old == new or record is None:
+        return ""
+    found = [
+        f"{option.name} {option.default}, not {old}'s {show(given[option.name])}"
+        for option in record.options
+        if option.name in given
+        and option.name not in own
+        and f"{path}.{option.name}" not in tuned
+        and option.default != repr(given[option.name])
+    ]
+    return f"takes its own default {'; '.join(found)}" if found else ""
 
 
 def _keep_options(fields: dict[str, Any], path: str, value: Any) -> Any:
