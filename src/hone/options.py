@@ -200,7 +200,7 @@ def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
         return [Problem(at, str(error), places.find(at))]
     if parts.find(kind, name) is None:
         known = [record.name for record in parts.catalogue() if record.kind == kind]
-        hint = parts.as_option(kind, name) or nearest(name, known) or f"see: hone list --kind {kind}"
+        hint = parts.as_option(kind, name) or nearest(name, known) or f"see: hone list {kind}"
         return [Problem(at, f"there is no {kind} called '{name}'", places.find(at), hint)]
     cls: Any = parts.load(kind, name)
     if ":" in name:

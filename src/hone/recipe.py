@@ -242,7 +242,8 @@ def locate(source: str | Path) -> Path:
         raise RecipeError([Problem("", f"there is no recipe file '{path}'", hint=near)])
     if str(source) in shipped():
         return SHIPPED / f"{source}.yaml"
-    hint = nearest(str(source), shipped()) or f"shipped recipes: {', '.join(shipped())}"
+    here = [f"{source}{end}" for end in (".yaml", ".yml") if Path(f"{source}{end}").is_file()]
+    hint = f"did you mean '{here[0]}'?" if here else nearest(str(source), shipped()) or "see: hone list recipe"
     raise RecipeError([Problem("", f"there is no recipe called '{source}'", hint=hint)])
 
 

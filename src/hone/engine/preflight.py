@@ -78,7 +78,7 @@ class Rehearsal:
             f"evaluations of {self.evaluation_seconds:.1f} s: about {clock(self.eta_seconds)}",
             f"work:          {self.step_flops / 1e9:,.1f} GFLOP a step of {self.step_tokens:,.0f} tokens, "
             f"{self.step_flops / self.step_seconds / 1e9:,.1f} GFLOP/s",
-            "nothing was kept; start it with: hone run RECIPE",
+            "nothing was kept; start it with the same words after: hone run",
         ])  # fmt: skip
 
 

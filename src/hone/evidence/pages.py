@@ -9,14 +9,16 @@ import html
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hone.catalogue import KINDS, Entry, entries, spoken, written
 from hone.errors import HoneError
+from hone.evidence import source
 from hone.evidence.standings import standings
-from hone.evidence.store import Evidence, stored
+from hone.evidence.store import VERDICTS, Evidence, stored
 from hone.evidence.variants import show
 from hone.files import write_whole
 
@@ -61,7 +63,7 @@ def pages(folder: Path) -> dict[str, str]:
     made.update({f"evidence/{path.stem}.md": _comparison_page(path) for path in compared})
     made["methods/index.md"] = _index_page(everything)
     made["papers.md"] = _papers_page(everything)
-    made["evidence/index.md"] = _evidence_page(everything, stored(), measured)
+    made["evidence/index.md"] = _evidence_page(everything, stored(), measured, compared)
     return {path: f"{MARKER}\n\n{text.rstrip()}\n" for path, text in made.items()}
 
 
@@ -225,9 +227,10 @@ def _papers_page(everything: list[Entry]) -> str:
     return "\n".join(["# Papers", "", count, "", *table(("paper", "part", "verdict"), rows)])
 
 
-def _evidence_page(everything: list[Entry], found: list[Evidence], measured: list[Path]) -> str:
+def _evidence_page(everything: list[Entry], found: list[Evidence], measured: list[Path], compared: list[Path]) -> str:
     lines = ["# Evidence", "", "Claims of papers, put to the test against the baseline that the paper names, under the",
-             "same budget and over paired seeds. `hone verify NAME` runs one again.", ""]  # fmt: skip
+             "same budget and over paired seeds. `hone verify NAME` runs one again.", "",
+             *_counts(found), ""]  # fmt: skip
     there = {(entry.kind, entry.name) for entry in everything}
     rows = []
     for e in found:
@@ -236,9 +239,28 @@ def _evidence_page(everything: list[Entry], found: list[Evidence], measured: lis
         rows.append((part, plain(e.says), e.mark(), plain(e.finding), f"[figures](claims/{e.path.name})"))
     heads = ("part", "claim", "verdict", "finding", "")
     lines += table(heads, rows) if rows else ["No claim has been put to the test yet.", ""]
-    shown = [path.stem + (".md" if path.name.startswith(COMPARED) else ".json") for path in measured]
+    shown = [
+        path.with_suffix(".md").name if path in compared or path.with_suffix(".md").is_file() else path.name
+        for path in measured
+    ]
     lines += ["## Measurements", "", *(f"- [{name}]({name})" for name in shown), ""] if measured else []
     return "\n".join(lines)
+
+
+def _counts(found: list[Evidence]) -> list[str]:
+    """Return how many claims came out how, what the verdicts mean, and which claims have not been run."""
+    known = source.claims()
+    verdicts = Counter(e.verdict for e in found)
+    came = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS if verdicts[verdict])
+    ran = {(e.kind, e.name, e.claim) for e in found}
+    never = sorted(".".join(key) for key in known if key not in ran)
+    lines = [
+        f"Of {len(known)} claims, {len(found)} have been run: {came or 'none'}. "
+        f"{sum(e.stale for e in found)} of these are stale: the code has changed since.", "",
+        '"holds": the interval of the paired differences lies where the claim says. "contradicted": it lies on the',
+        'other side. "not at this scale": it includes both, so that models and runs as small as these do not tell.',
+    ]  # fmt: skip
+    return [*lines, *(["", f"Not run yet: {', '.join(never)}."] if never else [])]
 
 
 def _comparison_page(path: Path) -> str:
@@ -287,6 +309,20 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Evidence": ["evidence/index.md", *(f"evidence/{stem}.md" for stem in sorted(written))]},
     ]  # fmt: skip
     return config
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Lead links to the project's own pages to where the site has them; mkdocs calls this.
+
+    Args:
+        markdown: of a page.
+        page: the page.
+    """
+    if page.file.src_path != "index.md":
+        return markdown
+    for name, path in ROOT_PAGES.items():
+        markdown = markdown.replace(f"](../{name})", f"]({path})")
+    return markdown
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
