@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from hone.data.paired import Paired
 from hone.data.s3ft import S3FT
 from hone.data.sample import Sample
 from hone.data.sampled import WAVE, ModelMade, Sampled, first_slip
+from hone.data.searched import Searched
+from hone.data.self_rewarded import SelfRewarded
 from hone.data.source import Source, Split
-from hone.errors import DataError
+from hone.errors import DataError, ModelError
 from hone.options import Places, check_part
 from hone.text.model import LanguageModel
 
@@ -156,7 +159,7 @@ def test_answers_are_kept_by_wave_and_made_again_when_they_are_damaged(cached: P
     damaged.write_text(damaged.read_text().replace("5", "4", 1))
     source, asked = fresh()
     assert list(source.samples("train")) == first and len(asked) == WAVE
-    for options in ({"seed": 1}, {"temperature": 0.5}, {"samples_each": 2}, {"max_new_tokens": 9}, {"model": "other"}):
+    for options in ({"seed": 1}, {"temperature": 0.5}, {"samples_each": 2}, {"max_new_tokens": 9}, {"model": "a/b"}):
         source, asked = fresh(**options)
         list(source.samples("train"))
         assert len(asked) == WAVE + 1, options
@@ -169,7 +172,8 @@ def test_the_fingerprint_changes_with_all_that_changes_a_sample() -> None:
     base = Sampled(of=Sums(3))
     changes = [
         {"of": Sums(4)}, {"make": "right"}, {"pairs": 2}, {"gold": False}, {"samples_each": 3}, {"temperature": 0.3},
-        {"max_new_tokens": 3}, {"seed": 1}, {"limit": 1}, {"model": "other"},
+        {"max_new_tokens": 3}, {"seed": 1}, {"limit": 1}, {"model": "some/other"},
+        {"model": "stage:1"},
     ]  # fmt: skip
     prints = [replace(base, **change).fingerprint() for change in changes]
     met = Sampled(of=Sums(3))
@@ -178,6 +182,48 @@ def test_the_fingerprint_changes_with_all_that_changes_a_sample() -> None:
     prints += [S3FT(of=Sums(3), paraphrase="again: {answer}").fingerprint()]
     assert len(set(prints)) == len(prints)
     assert Sampled(of=Sums(3), cache=False).fingerprint() == base.fingerprint()
+
+
+def test_a_named_model_is_known_by_its_content(tiny_model: Path, cached: Path, tmp_path: Path) -> None:
+    def asked(folder: Path) -> list[str]:
+        source = Sampled(of=Sums(1), model=str(folder))
+        shown = saying(source, lambda prompt: [WRONG])
+        list(source.samples("train"))
+        return shown
+
+    def prints(folder: Path) -> list[str]:
+        named = str(folder)
+        made = [
+            Sampled(of=Sums(1), model=named), Searched(of=Sums(1), values="head", value_model=named),
+            SelfRewarded(of=Sums(1), against=named), SelfRewarded(of=Sums(1), previous=named),
+        ]  # fmt: skip
+        return [source.fingerprint() for source in made]
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(tiny_model, here)
+    shutil.copytree(tiny_model, there)
+    before = prints(here)
+    assert len(asked(here)) == 1 and asked(there) == [] and prints(there) == before  # by content, not by place
+    (here / "model.safetensors").write_bytes(b"trained again")
+    assert len(asked(here)) == 1
+    assert not set(prints(here)) & set(before)
+    with pytest.raises(ModelError, match=r"there is no model folder '.*her'"):
+        prints(tmp_path / "her")
+
+
+def test_trees_are_searched_again_when_the_grader_changes(cached: Path) -> None:
+    class Graded(Sums):
+        def fingerprint(self) -> str:
+            return f"sums that are graded {'' if self.grades else 'not '}"
+
+    def asked(of: Source, **options: Any) -> list[str]:
+        source = Searched(of=of, model="a/b", **options)
+        shown = saying(source, lambda prompt: [])
+        list(source.answers(list(of.samples("train")), "search:train"))
+        return shown
+
+    assert len(asked(Graded(1))) == 1 and asked(Graded(1)) == []
+    assert len(asked(Graded(1, grades=False))) == 1
 
 
 def test_without_a_model_or_a_grade_it_says_what_is_missing(cached: Path) -> None:

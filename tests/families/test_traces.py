@@ -55,6 +55,14 @@ def test_expressions_have_the_value_that_their_steps_come_to() -> None:
     assert made.fingerprint() != RandomCalculation(steps=2).fingerprint()
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["1e999999999", "1e-999999999", "1" * 101, "1/" + "1" * 101, "0." + "1" * 101])
+def test_a_number_that_takes_long_to_read_is_none(text: str) -> None:
+    asked = Sample("completion", "7 + 8 =\n", ("answer: 15",), extra={"answer": "15"}, where="x:1")
+    assert number(text) is None
+    assert Closeness().score([Attempt(asked, f"answer: {text}")], RandomCalculation()) == [0.0]
+
+
 def test_a_reward_for_nearness_and_its_controls() -> None:
     asked = Sample("completion", "7 + 8 =\n", ("answer: 15",), extra={"answer": "15"}, where="x:1")
     attempts = [Attempt(asked, text) for text in ("7 + 8 = 15\nanswer: 15", "answer: 18", "answer: none", "15")]
@@ -64,6 +72,7 @@ def test_a_reward_for_nearness_and_its_controls() -> None:
     assert Closeness(signal="inverted").score(attempts, plain) == [pytest.approx(1 - worth) for worth in right]
     drawn = Closeness(signal="random").score(attempts, plain)
     assert drawn == Closeness(signal="random").score(attempts, plain) and len(set(drawn)) == 4
-    assert number("-3/2") == Fraction(-3, 2) and number("seven") is None
+    assert number("-3/2") == Fraction(-3, 2) and number("seven") is None and number("1/0") is None
+    assert number(" 0.5. ") == Fraction(1, 2) and number("1" * 100) is not None
     with pytest.raises(DataError, match="x:2: reward 'closeness' needs a number"):
         Closeness().score([Attempt(Sample("prompt", "?", where="x:2"), "answer: 1")], plain)

@@ -270,6 +270,29 @@ def test_texts_that_cannot_be_used_are_refused(model: LanguageModel) -> None:
         equipped(model, denoisers=[{**X, "span": 3.0}]).count(pack([text(180, 3)]))
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_text_of_which_nothing_is_left_is_predicted_from_nothing(model: LanguageModel, prefix: bool) -> None:
+    objective = equipped(model, denoisers=[{**S, "rate": 0.5}], flags=False, prefix=prefix)
+    whole = [text(3, seed, begin=False, end=False) for seed in range(30)]
+    made = objective.corrupted(pack(whole))
+    wanted = [objective.corrupted(pack([one])) for one in whole]
+    assert torch.equal(made.modes, torch.cat([one.modes for one in wanted]))
+    assert len(made.modes) == len(made.batch) == 90
+    bare = [one for one in wanted if bool((one.modes == MODES.index("s")).all())]
+    assert 0 < len(bare) < 30
+    assert all(one.batch.weights.tolist() == [0, 1, 1] for one in bare)  # its first token follows nothing
+    loss, metrics = objective.loss(model, pack(whole))
+    expected = torch.zeros((), dtype=torch.float64)
+    for one in wanted:
+        first = max(1, int(one.batch.weights.nonzero()[0]))
+        ids = one.batch.tokens.tolist()
+        expected = expected + plain_loss(model, ids[:first], ids[first:], prefix).sum()
+    torch.testing.assert_close(loss, expected, **EXACT)
+    assert (
+        float(metrics["s_tokens"]) == objective.count(pack(whole)) == sum(float(o.batch.weights.sum()) for o in wanted)
+    )
+
+
 def test_denoisers_that_make_no_sense_are_refused() -> None:
     def problems(denoisers: Any) -> str:
         return " ".join(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hone.engine.checkpoint import read_state, staged, write_state
+from hone.engine.loop import Run
 from hone.errors import DataError, ModelError
 from hone.objectives.coconut import NAME, Coconut
 from hone.text.latent import Insertion, make_room
-from hone.text.model import LanguageModel
+from hone.text.model import EXTRAS_FILE, LanguageModel
 from hone.text.pack import Tree, pack
 from hone.text.tokenizer import train_tokenizer
 
@@ -42,7 +46,7 @@ def equipped(model: LanguageModel, stage: int | None = None, **options: Any) -> 
     with torch.no_grad():
         model.extras[NAME].weight.add_(torch.randn(2, 16, dtype=torch.float64))
     if stage is not None:
-        objective.load_state_dict({"stage": stage})
+        model.extras[NAME].stage.fill_(stage)
     return objective
 
 
@@ -121,9 +125,52 @@ def test_stages_go_by_the_step_and_the_optimizer_is_reset_when_one_begins(model:
     run.step = 10
     objective.before_step(run, trees(model))
     assert not optimizer.state and objective.stage == 1
-    resumed = Coconut(stages=3)
-    resumed.load_state_dict(objective.state_dict())
-    assert resumed.stage == 1 and Coconut(stages=3).stage == 4  # a model that was trained answers as in the last stage
+    assert Coconut(stages=3).stage == 4
+
+
+def test_the_stage_goes_with_the_weights_back_to_the_best_and_into_the_saved_model(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    def run_of(objective: Coconut) -> Any:
+        run = Run(SimpleNamespace(seed=0), SimpleNamespace(sharded=False), model, objective, None, total=50)  # type: ignore[arg-type]
+        run.loader = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+        return run
+
+    objective = equipped(model, thoughts=1, stages=3, reset_optimizer=False)
+    run = run_of(objective)
+    objective.setup(run)
+    run.step = 19
+    objective.before_step(run, trees(model))
+    assert objective.stage == 1
+    with staged(tmp_path / "best") as folder:
+        write_state(folder, run.state())
+    run.step = 49
+    objective.before_step(run, trees(model))
+    assert objective.stage == 4
+    best = read_state(tmp_path / "best")
+    run.take_weights(best)  # as `final: best` does
+    assert objective.stage == 1
+
+    model.save_extras(tmp_path)
+    again = equipped(model, thoughts=1, stages=3)
+    assert again.stage == 4
+    model.load_extras(tmp_path)
+    again.setup(SimpleNamespace(model=model, step=0, total=0))  # an evaluation of the saved model
+    assert again.stage == 1
+
+    resumed = equipped(model, thoughts=1, stages=3)
+    run = run_of(resumed)
+    resumed.setup(run)
+    assert resumed.stage == 0
+    run.restore(best)
+    assert resumed.stage == 1
+
+    tensors = load_file(tmp_path / EXTRAS_FILE)
+    del tensors[f"{NAME}.stage"]
+    save_file(tensors, tmp_path / EXTRAS_FILE)
+    old = equipped(model, thoughts=1, stages=3)  # saved without a stage, which answers with all thoughts
+    model.load_extras(tmp_path)
+    assert old.stage == 4 and torch.equal(model.extras[NAME].weight, tensors[f"{NAME}.weight"])
 
 
 @torch.no_grad()

@@ -372,6 +372,9 @@ def test_corrections_put_the_models_answer_before_the_reference() -> None:
     assert [q.prompt for q in wrong.questions("eval")] == [s.prompt for s in source.samples("eval")]
     again = Told(of=source, asked="again")
     assert all(q.prompt.endswith("answer: 7777777\ncorrected:\n") for q in again.questions("eval"))
+    assert all(q.prompt.endswith("answer: 7777777\ncorrected:\n") for q in again.samples("eval"))
+    assert list(again.samples("train")) == every  # what is asked in evaluation changes nothing that trains
+    assert list(Told(of=source, asked="again", plain=False).samples("train")) == [s for s in every if s not in plain]
     assert len({Told(of=source, **options).fingerprint() for options in ({}, {"wrong": True}, {"ask": "?"})}) == 3
     assert len(list(Told(of=source, limit=4).samples("train"))) == 4
 

@@ -40,7 +40,8 @@ class Correction(ModelMade):
         wrong: take the answers alone that the source grades as wrong; otherwise all, as the paper needs no grade.
         plain: train on each sample of the source as it is, too.
         ask: what stands between the two answers.
-        asked: whether evaluation asks the source's prompts ("once"), or for a correction ("again").
+        asked: whether evaluation asks the source's prompts ("once"), or for a correction ("again"); training is the
+            same either way.
     """
 
     wrong: bool = False
@@ -64,7 +65,8 @@ class Correction(ModelMade):
         Raises:
             DataError: a sample has no answer in plain text, or no model answers.
         """
-        made = self._made(split, self.plain and self.asked == "once")
+        again = split == "eval" and self.asked == "again"
+        made = self._made(split, plain=self.plain and not again, wrong=self.wrong or again)
         return itertools.islice(made, self.limit if split == "train" else None)
 
     def questions(self, split: Split) -> Iterator[Sample]:
@@ -73,7 +75,7 @@ class Correction(ModelMade):
         Args:
             split: "train" or "eval".
         """
-        return self.of.questions(split) if self.asked == "once" else self._made(split, False)
+        return self.of.questions(split) if self.asked == "once" else self._made(split, plain=False, wrong=True)
 
     def grade(self, sample: Sample, text: str) -> float | None:
         """Return the grade by the source, of the answer to its own prompt.
@@ -86,15 +88,14 @@ class Correction(ModelMade):
         grade: float | None = self.of.grade(replace(sample, prompt=prompt), text)
         return grade
 
-    def _made(self, split: Split, plain: bool) -> Iterator[Sample]:
-        only_wrong = self.wrong or self.asked == "again"
+    def _made(self, split: Split, *, plain: bool, wrong: bool) -> Iterator[Sample]:
         asked = list(self.of.samples(split))
         for sample, texts in zip(asked, self.answers(asked, split), strict=True):
             answer = reference(sample)
             if plain:
                 yield sample
             for text in dict.fromkeys(texts):
-                if text.strip() and not (only_wrong and self.of.grade(sample, text) == 1):
+                if text.strip() and not (wrong and self.of.grade(sample, text) == 1):
                     extra = {**sample.extra, "first_prompt": sample.prompt}
                     yield replace(
                         sample,

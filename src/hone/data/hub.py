@@ -57,7 +57,7 @@ class Hub(RowSource):
             fix = "Check the name on huggingface.co/datasets; a private one needs 'hf auth login'."
             raise DataError(f"{self.title()}: {what}. {fix}") from error
         except OSError as error:  # ConnectionError among them
-            fix = "There is no such folder here either. Check the network, or download the files and give their folder as the path."
+            fix = "It is no folder here. Check the network, or download the files and give their folder as the path."
             raise DataError(f"{self.title()}: the Hub cannot be reached: {_brief(error)}. {fix}") from error
         except ValueError as error:  # how `datasets` reports an unknown subset or split
             raise DataError(f"{self.title()}: {_brief(error)}. Set 'subset' and 'split' to one of these.") from error

@@ -74,10 +74,11 @@ class ModelMade(Source):
             prompts: samples whose prompts are answered.
             purpose: what for; it keeps waves of different use apart.
         """
+        identity = self._identity()
         for begin in range(0, len(prompts), WAVE):
             wave = prompts[begin : begin + WAVE]
             asked = [str(sample.prompt) for sample in wave]
-            key = hashlib.sha256(json.dumps([self._identity(), purpose, begin, asked]).encode()).hexdigest()
+            key = hashlib.sha256(json.dumps([identity, purpose, begin, asked]).encode()).hexdigest()
             file = cache_root() / "sampled" / f"{key}.json"
             rows = read_rows(file) if self.cache else None
             if rows is None:
@@ -87,7 +88,8 @@ class ModelMade(Source):
             yield from rows
 
     def _identity(self) -> list[Any]:
-        return [_code(), self.model or self._start, self.samples_each, self.temperature, self.max_new_tokens, self.seed]
+        model = self._start if self.model is None else model_content(self.model)
+        return [_code(), model, self.samples_each, self.temperature, self.max_new_tokens, self.seed]
 
     def _answer(self, wave: Sequence[Sample], purpose: str) -> list[Texts]:
         from hone.samplers.text import Greedy
@@ -284,6 +286,21 @@ class Sampled(ModelMade):
             if own or self.gold:
                 extra = {**sample.extra, CONTINUES: right.endswith("\n"), "own": own}
                 yield replace(sample, kind="pair", answers=(right, wrong_line), extra=extra)
+
+
+def model_content(name: str) -> str:
+    """Return what tells the content of a named model: a hash of its folder's files, or its name on the Hub.
+
+    Args:
+        name: folder, Hub name or "base"; of a stage that has not run yet, "stage:1" and so on, the name itself.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    from hone.engine.manifest import folder_hash
+    from hone.text.loading import find_model
+
+    return name if name.startswith("stage:") else folder_hash(Path(find_model(name))) or name
 
 
 def reference(sample: Sample) -> str:

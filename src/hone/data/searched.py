@@ -16,7 +16,7 @@ from pydantic import Field
 
 from hone.data.formats import CONTINUES
 from hone.data.sample import Sample
-from hone.data.sampled import ModelMade, Texts
+from hone.data.sampled import ModelMade, Texts, model_content
 from hone.data.source import Split
 from hone.errors import DataError
 from hone.parts import part
@@ -167,7 +167,9 @@ class Searched(ModelMade):
             yield "value_model", f"a value model is asked with values: head, not with values: {self.values}"
 
     def _identity(self) -> list[Any]:
-        searched = [self.simulations, self.c_puct, self.values, self.value_model, self.separator]
+        valued = None if self.value_model is None else model_content(self.value_model)
+        grader = self.of.fingerprint()  # its grades are in the trees
+        searched = [self.simulations, self.c_puct, self.values, valued, self.separator, grader]
         return [*super()._identity(), _code(), *(searched if self.make != "pivots" else [self.separator])]
 
     def _choices(self) -> list[Any]:

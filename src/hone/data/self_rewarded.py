@@ -13,7 +13,7 @@ from pydantic import Field
 from scipy.stats import kendalltau, rankdata, spearmanr  # type: ignore[import-untyped]
 
 from hone.data.sample import Sample
-from hone.data.sampled import ModelMade
+from hone.data.sampled import ModelMade, model_content
 from hone.data.scoring import confidences, likelihoods
 from hone.data.source import Split
 from hone.parts import part
@@ -117,7 +117,8 @@ class SelfRewarded(ModelMade):
     pairs: Annotated[int, Field(ge=1)] = 1
 
     def _choices(self) -> list[Any]:
-        return [self.rewards, self.against, self.previous, self.consistency, self.measure, self.pairs]
+        named = [None if name is None else model_content(name) for name in (self.against, self.previous)]
+        return [self.rewards, *named, self.consistency, self.measure, self.pairs]
 
     def describe(self) -> str:
         """Return what labels what."""

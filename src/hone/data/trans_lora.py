@@ -17,6 +17,7 @@ from pydantic import Field
 
 from hone.data.cache import cache_key, cache_root
 from hone.data.sample import Message, Sample
+from hone.data.sampled import model_content
 from hone.data.source import Source, Split
 from hone.errors import DataError, HoneError, nearest
 from hone.files import write_whole
@@ -148,21 +149,21 @@ class TransLoRA(Source):
         """Return a hash of the source's weights, the seeds, the options and the code, without generating anything."""
         folder = self._adapter()
         made = [
-            "trans-lora", _code(), _content(str(folder)), _content(_base(folder)), self.seeds.fingerprint(),
+            "trans-lora", _code(), model_content(str(folder)), model_content(_base(folder)), self.seeds.fingerprint(),
             self.shots, self.count, self.filter, self.temperature, self.tries, self.max_answer, self.seed, self.limit,
-            self.generator and _content(self.generator), self._judge_key() if self.filter else None,
+            self.generator and model_content(self.generator), self._judge_key() if self.filter else None,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
     def _judge_key(self) -> str:
         """Return a hash of all that the discriminator follows from, which is less than all options."""
         if self.discriminator is not None:
-            return _content(str(_adapter_folder(self.discriminator)))
+            return model_content(str(_adapter_folder(self.discriminator)))
         real = None if self.real is None else self.real.fingerprint()
         options = [self.shots, self.task, self.temperature, self.examples, self.epochs, self.lr, self.seed]
         return cache_key(
-            part=MODEL, code=_code(), base=_content(_base(self._adapter())), seeds=self.seeds.fingerprint(), real=real,
-            options=options,
+            part=MODEL, code=_code(), base=model_content(_base(self._adapter())), seeds=self.seeds.fingerprint(),
+            real=real, options=options,
         )  # fmt: skip
 
     def _adapter(self) -> Path:
@@ -364,15 +365,6 @@ def _base(folder: Path) -> str:
     if not base:
         raise DataError(f"trans-lora: the adapter in '{folder}' does not name its base_model_name_or_path")
     return find_model(base)
-
-
-def _content(path: str) -> str:
-    """Return a hash of a model folder's files, the name of a model on the Hub."""
-    from hone.engine.manifest import folder_hash
-    from hone.text.loading import find_model
-
-    folder = Path(path).expanduser()
-    return folder_hash(folder if folder.is_dir() else Path(find_model(path))) or path
 
 
 def _read(file: Path) -> list[list[str]] | None:

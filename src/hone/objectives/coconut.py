@@ -31,6 +31,27 @@ if TYPE_CHECKING:
 NAME = "coconut"  # of the markers among the model's extras
 
 
+class Markers(nn.Embedding):
+    """The two vectors around the thoughts, with the stage that they and the model beside them were trained to."""
+
+    stage: Tensor
+
+    def __init__(self, begun: Tensor, stage: int) -> None:
+        """Begin with some vectors.
+
+        Args:
+            begun: (2, D) the vectors.
+            stage: the present stage, a buffer so that it is saved and taken back together with the weights.
+        """
+        super().__init__(begun.shape[0], begun.shape[1], device=begun.device, dtype=begun.dtype)
+        self.weight.data.copy_(begun)
+        self.register_buffer("stage", torch.tensor(stage, device=begun.device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}stage", self.stage)  # models were saved without one before
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 @part(
     "objective",
     "coconut",
@@ -50,7 +71,7 @@ class Coconut(Objective):
     input embedding, and gradients flow through all of them. In stage k the first k worked steps of the answer are
     replaced by n = k thoughts; after the last of these stages all steps are left out. Only the rest is trained.
 
-    The model answers as it was trained: thoughts first, then text.
+    The model answers as it was trained: thoughts first, then text. Its stage is saved with it.
 
     Args:
         thoughts: continuous thoughts per replaced step (the paper's c).
@@ -74,7 +95,6 @@ class Coconut(Objective):
     uniform: Annotated[float, Field(ge=0, le=1)] = 0.0
     reset_optimizer: bool = True
     ablate: Literal["none", "zero", "drop"] = "none"
-    _stage: int | None = field(default=None, init=False, repr=False)  # None: the last, for a model that was trained
     _now: tuple[int, int] = field(default=(0, 0), init=False, repr=False)  # seed and step, which draws depend on
     _model: Any = field(default=None, init=False, repr=False)
     _stop: frozenset[int] = field(default=frozenset(), init=False, repr=False)
@@ -82,8 +102,8 @@ class Coconut(Objective):
 
     @property
     def stage(self) -> int:
-        """The present stage, from 0 to `stages` + 1."""
-        return self.stages + 1 if self._stage is None else self._stage
+        """The present stage of the model, from 0 to `stages` + 1."""
+        return self.stages + 1 if self._model is None else int(_held(self._model).stage)
 
     def stage_at(self, step: int, total: int) -> int:
         """Return the stage of an optimizer step.
@@ -105,10 +125,8 @@ class Coconut(Objective):
         embed: Any = model.hf.get_input_embeddings()
         ids = model.tokenizer.encode("\n", add_special_tokens=False)[-1:]
         with torch.no_grad():
-            begun = embed(torch.tensor(ids, device=embed.weight.device)).float().expand(MARKERS, -1)
-        markers = nn.Embedding(MARKERS, begun.shape[1], device=begun.device, dtype=embed.weight.dtype)
-        markers.weight.data.copy_(begun)
-        model.extras[NAME] = markers
+            begun = embed(torch.tensor(ids, device=embed.weight.device)).to(embed.weight.dtype).expand(MARKERS, -1)
+        model.extras[NAME] = Markers(begun, self.stages + 1)
         self._model, self._stop = model, frozenset(model.renderer.stop_ids)
 
     def setup(self, run: Any) -> None:
@@ -118,19 +136,7 @@ class Coconut(Objective):
             run: the run in progress; one of no steps evaluates a finished model.
         """
         if total := getattr(run, "total", 0):
-            self._stage = self.stage_at(run.step, total)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the stage of a checkpoint.
-
-        Args:
-            state: as `state_dict` returned it.
-        """
-        self._stage = state.get("stage", self._stage)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the stage."""
-        return {"stage": self.stage}
+            _held(run.model).stage.fill_(self.stage_at(run.step, total))
 
     def before_step(self, run: Any, trees: Sequence[Tree]) -> None:
         """Go on to the stage of a step.
@@ -145,7 +151,8 @@ class Coconut(Objective):
         stage = self.stage_at(run.step, run.total)
         if self.reset_optimizer and run.step and stage != self.stage_at(run.step - 1, run.total):
             run.players["model"].optimizer.state.clear()
-        self._stage, self._now = stage, (run.recipe.seed, run.step)
+        _held(run.model).stage.fill_(stage)
+        self._now = run.recipe.seed, run.step
         if run.step == 0 and not any(len(ends) for _, ends in self._worked(pack(trees)).values()):
             raise DataError(
                 f"{trees[0].where}: expected worked steps before the last line of an answer, which thoughts replace, "
@@ -183,9 +190,9 @@ class Coconut(Objective):
         """
         worked = self._worked(batch)
         drawn = self._drawn(batch) if self.uniform and self._model.training else {}
-        changes = {}
+        present, changes = self.stage, {}
         for segment, (at, ends) in worked.items():
-            stage = self.stage
+            stage = present
             if (tree := int(batch.trees[segment])) in drawn:
                 stage = int(drawn[tree] * (len(ends) + 1))
             cut = len(ends) if stage > self.stages else min(stage, len(ends))
@@ -266,6 +273,10 @@ class Coconut(Objective):
 
 def _markers(model: LanguageModel) -> Tensor:
     """Return the embeddings (2, D) of the markers."""
+    return _held(model).weight
+
+
+def _held(model: LanguageModel) -> Markers:
     held: Any = model.extras[NAME]
-    weight: Tensor = held.weight
-    return weight
+    found: Markers = held
+    return found

@@ -263,7 +263,7 @@ class UL2(Objective):
             text = np.concatenate([tokens[starts[s] : starts[s + 1]] for s in batch.chain(leaf)])
             tree, own = self._task(text, batch.where[int(batch.trees[leaf])], salt)
             trees.append(tree)
-            modes += [np.full(len(tree.tokens[0]), -1), own]
+            modes += [*(np.full(len(segment), -1) for segment in tree.tokens[:-1]), own]
         packed = pack(trees)
         packed = (as_prefixes(packed) if self.prefix else packed).to(batch.tokens.device)
         return Corrupted(packed, torch.from_numpy(np.concatenate(modes)).to(batch.tokens.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +15,8 @@ from hone.rewards.base import Attempt, Reward
 
 if TYPE_CHECKING:
     from hone.data.source import Source
+
+NUMBER = re.compile(r"-?\d{1,100}(/\d{1,100}|\.\d{1,100})?")  # bounded: 1e999999999 would take all memory to read
 
 
 @part(
@@ -57,19 +60,25 @@ class Closeness(Reward):
             return int(hashlib.blake2b(text.encode(), digest_size=4).hexdigest(), 16) / 2**32
         right = number(str(attempt.sample.extra.get("answer", "")))
         if right is None:
-            raise DataError(f"{attempt.sample.where}: reward 'closeness' needs a number in a column called 'answer'")
+            raise DataError(
+                f"{attempt.sample.where}: reward 'closeness' needs a number of at most 100 digits, such as -3/2 or "
+                "0.5, in a column called 'answer'"
+            )
         found = number(attempt.whole.rpartition("answer:")[2])
         near = 0.0 if found is None else float(1 / (1 + abs(found - right) / max(Fraction(1), abs(right))))
         return near if self.signal == "right" else 1 - near
 
 
 def number(text: str) -> Fraction | None:
-    """Return the number that a text is, such as "-3/2" or "7", None where it is none.
+    """Return the number that a text is, such as "-3/2", "0.5" or "7", None where it is none or has over 100 digits.
 
     Args:
         text: it.
     """
+    written = text.strip().removesuffix(".")
+    if not NUMBER.fullmatch(written):
+        return None
     try:
-        return Fraction(text.strip().removesuffix("."))
-    except (ValueError, ZeroDivisionError):
+        return Fraction(written)
+    except ZeroDivisionError:
         return None

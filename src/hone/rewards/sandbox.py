@@ -192,6 +192,8 @@ def _outcome(said: bytes, ended: str, used: float, tests: int, limits: Limits, c
         if isinstance(number := record.get("test"), int) and not isinstance(number, bool):
             results.setdefault(number, record)
         for name in ("refused", "started", "compiled", "done"):
+            if name == "refused" and "started" in heard:
+                continue  # once it has started, only the program under test says so
             if name in record:
                 heard.setdefault(name, record)
     if "refused" in heard:
