@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +80,8 @@ def check(
     from hone.engine.progress import Display
 
     found = preflight(checked, Display())
-    print(json.dumps(found.record()) if as_json else found.text())
+    settings = [word for override in overrides for word in ("--set", override)]
+    print(json.dumps(found.record()) if as_json else found.text(shlex.join(["hone", "run", recipe, *settings])))
 
 
 @app.command(name="list")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from end_to_end.support import back_to, files, hone, repeatable, rows, train, write_recipe
 from end_to_end.test_processes import launched
 from hone import resume
+from hone.data.groups import Group, made_of
+from hone.data.phases import Asked, Phases
+from hone.data.rollouts import Rollouts
+from hone.engine.progress import log
 from hone.errors import HoneError
+from hone.objectives.advantages import ADVANTAGE
+from hone.objectives.hybrid import SASR
+from hone.objectives.policy import Policy
 from hone.rewards.base import from_function
+from hone.rewards.judge import Appraised
+from hone.text.generate import Generation
+from hone.text.pack import CHOSEN, SCORE, Tree
 
 FULL = {"name": "adamw", "lr": 3e-3}
 CALLS: list[str] = []
@@ -70,6 +82,20 @@ def test_the_reward_rises_and_the_sampler_is_the_policy(tiny_model: Path, qa_fil
     assert "Reward of the model&#39;s own answers" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_prompts_without_room_for_an_answer_are_left_out(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = json.dumps({"question": "why " * 3000, "answer": "so"})
+    source = tmp_path / "long.jsonl"
+    source.write_text(f"{long}\n{qa_file.read_text()}")
+    log.addHandler(caplog.handler)
+    try:
+        result = roll(tiny_model, source, tmp_path / "run", steps=2, data={"of": {"name": "files", "path": str(source)}})
+    finally:
+        log.removeHandler(caplog.handler)
+    assert result["status"] == "finished" and "(data.max_tokens) and are not asked" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("objective", "data"),
     [
@@ -77,12 +103,14 @@ def test_the_reward_rises_and_the_sampler_is_the_policy(tiny_model: Path, qa_fil
         ({"name": "ppo", "kl": 0.1}, {"updates": 4, "drop": "even", "refill": 1}),
         ({"name": "sasr", "warmup": 2}, {"demonstrations": 1}),
         ("sft", {"most": 0.5, "solved": 0.1, "make": "curated"}),
+        ("grpo", {"unfinished": "mask", "prompts": 2, "updates": 2, "max_new_tokens": 32}),
     ],
-    ids=["replay", "a critic", "turns", "a curriculum"],
+    ids=["replay", "a critic", "turns", "a curriculum", "answers that run out of tokens"],
 )
 def test_a_run_goes_on_to_the_same_bytes_from_the_middle_of_a_phase(
-    tiny_model: Path, qa_file: Path, tmp_path: Path, objective: Any, data: dict[str, Any]
-) -> None:
+    tiny_model: Path, qa_file: Path, tmp_path: Path, objective: Any, data: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     whole, again = tmp_path / "whole", tmp_path / "again"
     for out in (whole, again):
         roll(tiny_model, qa_file, out, objective=objective, data=data, checkpoint_every=3)
@@ -91,6 +119,8 @@ def test_a_run_goes_on_to_the_same_bytes_from_the_middle_of_a_phase(
     assert files(again / "model") == files(whole / "model")
     figures = [[_steady(row) for row in rows(out / "metrics.jsonl")] for out in (again, whole)]
     assert figures[0] == figures[1]
+    assert rows(again / "rollouts.jsonl") == rows(whole / "rollouts.jsonl")  # a phase that comes again is there once
+    assert ("left nothing to train on" in caplog.text) == ("unfinished" in data)
 
 
 def _steady(row: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +161,11 @@ def test_samples_on_which_a_reward_fails_are_left_out_and_counted(
         ({"adapter": {"name": "eva", "rank": 2}}, "nothing can look at them before"),
         ({"objective": "dpo", "data": {"rewards": "crowded"}}, "are all worth the same"),
         ({"objective": {"name": "sasr", "warmup": 1}}, "data.demonstrations=1"),
+        (
+            {"data": {"unfinished": "mask", "prompts": 1, "samples_each": 2, "max_new_tokens": 1}},
+            "in the last of 9 tries every answer ran out of tokens.*raise data.max_new_tokens, which is 1, or set "
+            "data.unfinished=train",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(
@@ -138,6 +173,59 @@ def test_what_does_not_fit_is_said(
 ) -> None:
     with pytest.raises(HoneError, match=message):
         roll(tiny_model, qa_file, tmp_path / "run", **changes)
+
+
+def answered(*answers: tuple[float, bool], shown: float | None = None) -> Group:
+    """Return a group of answers: what each is worth and whether it ended; and what the data's own is worth."""
+    ids = np.arange(3, dtype=np.int32)
+    made = [Generation(ids, np.full(3, -1.0), ended, 7 if ended else -1, -1.0) for _, ended in answers]
+    worth = [worth for worth, _ in answers] + ([] if shown is None else [shown])
+    asked: Any = Asked(0, SimpleNamespace(where="row:0"), ids, ids, 0)  # type: ignore[arg-type]
+    return Group(0, asked, made, [Appraised(each, {"own": each}) for each in worth])
+
+
+def made(groups: list[Group], consumes: str, make: str) -> list[Tree]:
+    source = Rollouts(of=SimpleNamespace(suit=lambda consumes: None), make=make, unfinished="mask", curation=1e-3)  # type: ignore[arg-type]
+    source.suit(consumes)
+    return made_of(groups, source, None, np.random.default_rng(0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("consumes", "make", "worth"),
+    [
+        ("sequences", "best", (2.0,)),
+        ("sequences", "curated", (2.0,)),
+        ("pairs", "pairs", (2.0, 1.0)),
+        ("judged", "list", (1.0, 2.0, 1.5)),
+    ],
+)
+def test_answers_that_ran_out_of_tokens_are_not_chosen(consumes: str, make: str, worth: tuple[float, ...]) -> None:
+    group = answered((9.0, False), (1.0, True), (2.0, True), (1.5, True), (-9.0, False))
+    cut = answered((1.0, False), (0.0, False))
+    (tree,) = made([group, cut], consumes, make)
+    assert tree.parents == (-1,) + (0,) * len(worth)
+    assert not tree.weights[0].any() and all(weight.all() for weight in tree.weights[1:])
+    if make == "list":
+        assert tree.fields[SCORE][1:] == worth
+    if make == "pairs":
+        assert tree.fields[CHOSEN][1:] == (1.0, 0.0)
+    one = answered((9.0, False), (1.0, True))
+    assert len(made([one], consumes, make)) == (0 if make == "pairs" else 1)
+    assert made([one], "pairs", "list") == []
+
+
+def test_what_nothing_trains_on_is_compared_with_and_in_no_step() -> None:
+    run: Any = SimpleNamespace(objective=Policy(advantage="batch"))
+    phases = Phases(Rollouts(of=None, unfinished="mask"), [object()], None, 0)  # type: ignore[list-item, arg-type]
+    phases.source.suit("rollouts")
+    cut, kept = answered((3.0, False), (3.0, False)), answered((0.0, True), (1.0, False))
+    (tree,) = phases._trees(run, [cut, kept])
+    assert [bool(weight.any()) for weight in tree.weights] == [False, True, False]
+    worth = np.array([3.0, 3.0, 0.0, 1.0])
+    np.testing.assert_allclose(tree.values[ADVANTAGE][1], -worth.mean() / (worth.std(ddof=1) + 1e-4))
+    assert phases._trees(run, [cut]) == []
+    run.objective = SASR(warmup=1)  # its own phases leave the demonstrations out, which alone would train
+    assert phases._trees(run, [answered((0.0, False), (1.0, False), shown=1.0)]) == []
 
 
 def test_an_objective_of_rollouts_says_what_to_write(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
@@ -151,7 +239,7 @@ class FakeVLLM:
     made: ClassVar[list[FakeVLLM]] = []
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.loaded = options, []
+        self.options, self.loaded, self.seeds = options, [], []
         inner = SimpleNamespace(load_weights=lambda pairs: self.loaded.append({name for name, _ in pairs}))
         runner = SimpleNamespace(model_runner=SimpleNamespace(model=inner))
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
@@ -160,12 +248,16 @@ class FakeVLLM:
     def reset_prefix_cache(self) -> None:
         """Forget nothing, since nothing is kept."""
 
-    def generate(self, rows: list[dict[str, Any]], *, sampling_params: Any, use_tqdm: bool) -> list[Any]:
-        def answer(last: int) -> Any:
-            ids = [last, sampling_params.stop_token_ids[0]]
+    def generate(self, rows: list[dict[str, Any]], *, sampling_params: list[Any], use_tqdm: bool) -> list[Any]:
+        def answer(last: int, stop: int) -> Any:
+            ids = [last, stop]
             return SimpleNamespace(token_ids=ids, logprobs=[{token: SimpleNamespace(logprob=-1.5)} for token in ids])
 
-        return [SimpleNamespace(outputs=[answer(row["prompt_token_ids"][-1])] * sampling_params.n) for row in rows]
+        self.seeds.append([each.seed + number for each in sampling_params for number in range(each.n)])  # as vLLM does
+        return [
+            SimpleNamespace(outputs=[answer(row["prompt_token_ids"][-1], each.stop_token_ids[0])] * each.n)
+            for row, each in zip(rows, sampling_params, strict=True)
+        ]
 
 
 def test_vllm_samples_where_it_is_installed_and_gets_the_weights_of_now(
@@ -182,6 +274,7 @@ def test_vllm_samples_where_it_is_installed_and_gets_the_weights_of_now(
     (engine,) = FakeVLLM.made
     assert len(engine.loaded) == 2 and "model.embed_tokens.weight" in engine.loaded[0]
     assert engine.options["model"] == str(tiny_model)
+    assert len(engine.seeds) == 2 and all(len(seeds) == len(set(seeds)) > 4 for seeds in engine.seeds)
     found = rows(tmp_path / "run" / "metrics.jsonl")
     assert found[0]["rollout/length"] == 1 and found[0]["rollout/ended"] == 1 and found[0]["ratio"] != 1
 

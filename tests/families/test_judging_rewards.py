@@ -198,4 +198,4 @@ def test_functions_of_the_users_own() -> None:
         with pytest.raises(HoneError, match="cannot be the name of a reward of your own"):
             from_function(name, short)
     hint = options.check_part("reward", "short-oness", "r", options.Places())[0].hint
-    assert "known" in hint or "did you mean" in hint
+    assert "see: hone list" in hint or "did you mean" in hint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from hone.objectives.hybrid import SASR, SRFT, UFT
 from hone.objectives.policy import REFERENCE, Policy, View, kl_estimate, surrogate
 from hone.objectives.ppo import CRITIC, PPO, RETURN, VALUE, value_loss
 from hone.objectives.reinforce import RLOO
+from hone.options import Places, check_part
 from hone.samplers.text import Sample
 from hone.text.flat import flatten, unflatten
 from hone.text.generate import generate
@@ -191,6 +193,96 @@ def test_several_rewards_are_compared_each_by_itself() -> None:
     first, second = compared(np.array(large[1:]), "group"), compared(np.array(small[1:]), "group")
     for place in range(3):
         np.testing.assert_allclose(made.values[ADVANTAGE][place + 1], (first[place] + second[place]) / 2, rtol=1e-12)
+
+
+def rewarded(tree: Tree, **worth: tuple[float, ...]) -> Tree:
+    """Return a group whose answers are worth, by each reward, so much, and the sum of it in all."""
+    first = len(tree.tokens) - len(next(iter(worth.values())))
+    fields = {f"{REWARD}/{name}": (math.nan,) * first + row for name, row in worth.items()}
+    whole = (math.nan,) * first + tuple(map(sum, zip(*worth.values(), strict=True)))
+    credit = tuple(np.zeros(len(tokens)) for tokens in tree.tokens)
+    for row, total in zip(credit[first:], whole[first:], strict=True):
+        row[-1] = total
+    return replace(tree, fields={**tree.fields, **fields, REWARD: whole}, values={**tree.values, CREDIT: credit})
+
+
+@pytest.mark.parametrize("how", ["group", "centred", "leave-one-out", "batch", "raw"])
+def test_each_reward_by_itself_is_compared_less_the_divergence(how: Any) -> None:
+    worth = [{"a": (1.0, 0.0, 0.5), "b": (0.1, 0.3, 0.2)}, {"a": (0.0, 0.0, 1.0), "b": (0.2, 0.9, 0.4)}]
+    penalties = Policy(kl=0.3, kl_in="reward")._penalties
+
+    def advantages(names: str, combine: Any) -> list[Tree]:
+        plain = groups(values=(REFERENCE,))
+        trees = [rewarded(one, **{n: row[n] for n in names}) for one, row in zip(plain, worth, strict=True)]
+        return group_advantages(trees, how, combine, penalties(trees))
+
+    alike = zip(advantages("ab", "advantages"), advantages("a", "sum"), advantages("b", "sum"), strict=True)
+    for trees in alike:
+        for own, one, other in zip(*(tree.values[ADVANTAGE] for tree in trees), strict=True):
+            np.testing.assert_allclose(own, (one + other) / 2, rtol=1e-12)
+
+
+def test_a_reward_of_parts_is_not_compared_by_itself() -> None:
+    tree = rewarded(group(0, (3, 3)), whole=(1.0, 0.0))
+    tree.values[CREDIT][1][:] = [0.5, 0.0, 0.5]
+    with pytest.raises(HoneError, match=r"row:0: a reward credits parts of an answer.*set objective\.combine=sum"):
+        group_advantages([tree], "centred", "advantages")
+
+
+def partly_trained() -> tuple[Tree, list[np.ndarray], Any]:
+    """Return a group with an answer that is masked and one of the data's own, a reference, and what the others lose."""
+    tree, other = group(0, (4, 7, 3, 5), foreign=1), make_model()
+    tree.weights[1][:] = 0.0
+    tree.values[LOGPROB][-1][:] = 0.0
+    torch.nn.init.normal_(next(other.hf.parameters()))
+    batch = pack([tree])
+    logprobs = other.logprobs(batch).detach().numpy()
+    lost = [np.zeros(len(tokens)) for tokens in tree.tokens]
+    for segment in (2, 3):
+        begin, end = int(batch.starts[segment]), int(batch.starts[segment + 1])
+        lost[segment] = 0.3 * (tree.values[LOGPROB][segment] - logprobs[begin:end])
+    reference = SimpleNamespace(token_values=lambda m, batch: other.logprobs(batch)[batch.weights != 0])
+    return tree, lost, reference
+
+
+def test_the_divergence_comes_off_what_the_model_wrote_and_trains_on() -> None:
+    tree, lost, reference = partly_trained()
+    objective = RLOO(kl=0.3)
+    objective._reference = reference
+    (made,) = objective.appraise(fake_run(make_model()), [tree])
+    earned = np.array([tree.values[CREDIT][s].sum() - lost[s].sum() for s in (1, 2, 3, 4)])
+    for place, segment in enumerate((1, 2, 3, 4)):
+        others = np.delete(earned, place).mean()
+        expected = discounted(tree.values[CREDIT][segment] - lost[segment]) - others
+        np.testing.assert_allclose(made.values[ADVANTAGE][segment], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_whitening_leaves_masked_answers_out() -> None:
+    tree, _, reference = partly_trained()
+    objective, model = PPO(kl=0.3), make_model()
+    objective._reference = reference
+    objective.equip(model)
+    tree.values[CREDIT][1][-1] = 100.0
+    (made,) = objective.appraise(fake_run(model), [tree])
+    every = np.concatenate([made.values[ADVANTAGE][s] for s in (2, 3, 4)])
+    assert abs(every.mean()) < 1e-12 and every.std() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("objective", "refused"),
+    [
+        ({"name": "ppo", "advantage": "batch"}, "advantage"),
+        ({"name": "ppo", "combine": "advantages"}, "combine"),
+        ({"name": "srft", "kl": 0.1}, "kl"),
+        ({"name": "srft", "entropy": 0.1}, "entropy"),
+        ({"name": "srft", "ratio": "answer"}, "ratio"),
+        ({"name": "srft", "kl": 0.1, "kl_in": "reward"}, None),
+        ({"name": "ppo", "kl": 0.1, "entropy": 0.1, "ratio": "answer"}, None),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(objective: dict[str, Any], refused: str | None) -> None:
+    problems = check_part("objective", objective, "objective", Places())
+    assert [problem.field for problem in problems] == ([f"objective.{refused}"] if refused else [])
 
 
 def test_whole_phase_is_the_measure_of_batch_advantages() -> None:

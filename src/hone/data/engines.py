@@ -78,12 +78,16 @@ class VLLM:
             max_new_tokens: most tokens of an answer, a stop token included.
             temperature: of the sampling.
             stop: ids that end an answer.
-            seed: of the sampling.
+            seed: of the sampling; every answer has one of its own, made of it.
         """
-        asked = self.params(
-            n=samples, temperature=temperature, max_tokens=max_new_tokens, stop_token_ids=list(stop), logprobs=0,
-            seed=seed % 2**31,
-        )  # fmt: skip
+        first = seed % 2**31
+        asked = [
+            self.params(
+                n=samples, temperature=temperature, max_tokens=max_new_tokens, stop_token_ids=list(stop), logprobs=0,
+                seed=first + place * samples,  # vLLM counts on from it, one for each answer to the prompt
+            )
+            for place in range(len(prompts))
+        ]  # fmt: skip
         rows = [{"prompt_token_ids": np.asarray(prompt).tolist()} for prompt in prompts]
         made = self.llm.generate(rows, sampling_params=asked, use_tqdm=False)
         return [[_generation(answer, set(stop)) for answer in one.outputs] for one in made]

@@ -86,23 +86,45 @@ def made_of(
     for group in groups:
         whole = tree_of(group, source, renderer)
         worth = np.array([judged.total for judged in group.judged])
-        if source.made == "groups":
-            trees.append(whole)
-        elif source.made == "list":
-            trees.append(_picked(whole, group, range(len(worth)), {SCORE: worth}))
-        elif source.made == "pairs":
-            best, worst = int(worth.argmax()), int(worth.argmin())
-            if worth[best] > worth[worst]:
-                marks = np.full(len(worth), np.nan)
-                marks[[best, worst]] = 1.0, 0.0
-                trees.append(_picked(whole, group, (best, worst), {CHOSEN: marks}))
-        else:
-            chosen = int(worth.argmax())
-            if source.made == "curated":
-                odds = np.exp((worth - worth.max()) / source.curation)
-                chosen = int(generator.choice(len(worth), p=odds / odds.sum()))
-            trees.append(_picked(whole, group, (chosen,), {}))
-    return trees
+        trees.append(whole if source.made == "groups" else _choice(whole, worth, source, generator))
+    return [tree for tree in trees if tree is not None]
+
+
+def _choice(whole: Tree, worth: np.ndarray, source: Rollouts, generator: np.random.Generator) -> Tree | None:
+    """Return a tree with what is chosen of a group; None where there is nothing to choose.
+
+    Args:
+        whole: the group.
+        worth: (A,) of its answers.
+        source: says what is made.
+        generator: for choices.
+    """
+    first = len(whole.tokens) - len(worth)
+    usable = np.flatnonzero([weight.any() for weight in whole.weights[first:]])
+    if not len(usable):
+        return None
+    best, worst = int(usable[worth[usable].argmax()]), int(usable[worth[usable].argmin()])
+    if source.made == "list":
+        differ = worth[best] > worth[worst]
+        return _picked(whole, first, usable, {SCORE: worth}) if differ or not source.compares else None
+    if source.made == "pairs":
+        marks = np.full(len(worth), np.nan)
+        marks[[best, worst]] = 1.0, 0.0
+        return _picked(whole, first, (best, worst), {CHOSEN: marks}) if worth[best] > worth[worst] else None
+    if source.made == "curated":
+        odds = np.exp((worth[usable] - worth[best]) / source.curation)
+        best = int(usable[generator.choice(len(usable), p=odds / odds.sum())])
+    return _picked(whole, first, (best,), {})
+
+
+def trains(tree: Tree) -> bool:
+    """Return whether an answer of a tree is trained on; what the model was given of one is no answer.
+
+    Args:
+        tree: made of a group.
+    """
+    hints = tree.fields.get(HINT, (0.0,) * len(tree.tokens))
+    return any(weight.any() and hint != 1 for weight, hint in zip(tree.weights, hints, strict=True))
 
 
 def tree_of(group: Group, source: Rollouts, renderer: Renderer) -> Tree:
@@ -190,17 +212,16 @@ def credits(ids: np.ndarray, judged: Appraised, renderer: Renderer) -> np.ndarra
     return found
 
 
-def _picked(tree: Tree, group: Group, which: Sequence[int], fields: dict[str, np.ndarray]) -> Tree:
-    """Return a tree with some of its answers alone, all of them trained, and with fields of the answers.
+def _picked(tree: Tree, first: int, which: Sequence[int] | np.ndarray, fields: dict[str, np.ndarray]) -> Tree:
+    """Return a tree with some of its answers alone, trained on as they were, and with fields of the answers.
 
     Args:
         tree: a whole group.
-        group: it.
+        first: number of the first answer's segment.
         which: numbers of the answers.
         fields: (A,) numbers of all answers by name.
     """
-    first = len(tree.tokens) - len(group.judged)
-    kept = [*range(first), *(first + number for number in which)]
-    weights = [np.zeros_like(tree.weights[i]) if i < first else np.ones_like(tree.weights[i]) for i in kept]
+    kept = [*range(first), *(first + int(number) for number in which)]
+    weights = [np.zeros_like(tree.weights[i]) if i < first else tree.weights[i] for i in kept]
     own = {name: tuple(np.nan if i < first else float(row[i - first]) for i in kept) for name, row in fields.items()}
     return replace(some_segments(tree, kept), weights=tuple(weights), fields=own, values={})

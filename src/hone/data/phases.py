@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hone.data.engines import VLLM
-from hone.data.groups import Group, made_of, own_answer, step_ends
+from hone.data.groups import Group, made_of, own_answer, step_ends, trains
 from hone.data.loader import State, Steps
 from hone.data.sample import Sample
 from hone.errors import DataError, HoneError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hone.text.render import Renderer
 
 log = logging.getLogger("hone")
+AGAIN = 8  # how often a phase that leaves nothing to train on is asked again
 SHOWN = 4  # groups of a phase whose first answer is written to rollouts.jsonl
 
 
@@ -77,7 +78,7 @@ class Phases(Steps):
             DataError: there are no samples.
         """
         if not samples:
-            raise DataError("there is nothing to ask: the data has no samples")
+            raise DataError("there is nothing to ask: the data has no samples that fit data.max_tokens")
         super().__init__({})
         self.source, self.samples, self.renderer, self.seed = source, samples, renderer, seed
         self.run: Run | None = None
@@ -88,6 +89,7 @@ class Phases(Steps):
         self._figures: dict[str, float] = {}
         self._back = self.asked, self.phase, self.skipped, self.rates, self.queue, self.kept
         self._engine: VLLM | None = None
+        self._ordered: tuple[int, np.ndarray] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,7 +165,7 @@ class Phases(Steps):
 
     def _sample(self) -> list[list[Tree]]:
         """Return the steps of a new phase."""
-        run, source = self.run, self.source
+        run = self.run
         if run is None:
             raise DataError(
                 "data: rollouts are what the model answers while it trains, so nothing can look at them before; use an "
@@ -172,25 +174,60 @@ class Phases(Steps):
         began = time.perf_counter()
         if run.display is not None:
             run.display.update(run.step, f"phase {self.phase + 1}: sampling answers")
+        for again in range(AGAIN + 1):
+            groups, spare = self._gather(run, again)
+            self._report(groups, spare, time.perf_counter() - began)
+            if trees := self._trees(run, groups or spare):
+                break
+            log.warning("phase %d: try %d of %d left nothing to train on", self.phase + 1, again + 1, AGAIN + 1)
+        self._show(run, groups or spare)
+        if not trees:
+            raise DataError(self._nothing(groups or spare))
+        self.phase += 1
+        return self._cut(trees)
+
+    def _gather(self, run: Run, again: int) -> tuple[list[Group], list[Group]]:
+        """Return groups that pass `drop`, after asking for more where it says so, and all of the first prompts.
+
+        Args:
+            run: the run in progress.
+            again: how often this phase has been asked before.
+        """
+        source = self.source
         groups: list[Group] = []
         spare: list[Group] = []
         for attempt in range(source.refill + 1):
-            found = self._groups(run, source.prompts - len(groups), attempt)
+            found = self._groups(run, source.prompts - len(groups), again * (source.refill + 1) + attempt)
             kept = [group for group in found if not group.answers or self._keeps(group)]
             groups, spare = groups + kept, spare or found
             if len(groups) >= source.prompts:
                 break
-        self._report(groups, spare, time.perf_counter() - began)
-        self._show(run, groups or spare)
-        trees = made_of(groups or spare, source, self.renderer, np.random.default_rng([self.seed, self.phase, 2]))
-        if not trees:
-            raise DataError(
-                f"data.make: {source.made} left nothing of phase {self.phase + 1} to train on: the answers to a prompt "
-                "are all worth the same; use more samples_each, other prompts, or a reward that tells answers apart"
+        return groups, spare
+
+    def _trees(self, run: Run, groups: list[Group]) -> list[Tree]:
+        """Return what groups give to train on. Those without it still count in what others are compared with."""
+        generator = np.random.default_rng([self.seed, self.phase, 2])
+        trees = made_of(groups, self.source, self.renderer, generator)
+        if not any(map(trains, trees)):
+            return []
+        return [tree for tree in run.objective.appraise(run, trees) if trains(tree)]
+
+    def _nothing(self, groups: list[Group]) -> str:
+        """Return why there is nothing to train on in groups, and what to change."""
+        source, masks = self.source, self.source.unfinished == "mask"
+        ended = [one.stopped for group in groups for one in group.answers]
+        if masks and ended and not any(ended):
+            return (
+                f"phase {self.phase + 1}: in the last of {AGAIN + 1} tries every answer ran out of tokens, and "
+                "data.unfinished: mask trains on none of those; raise data.max_new_tokens, which is "
+                f"{source.max_new_tokens}, or set data.unfinished=train"
             )
-        trees = run.objective.appraise(run, trees)
-        self.phase += 1
-        return self._cut(trees)
+        which = "the answers to a prompt that ended" if masks else "the answers to a prompt"
+        return (
+            f"data.make: {source.made} left nothing of phase {self.phase + 1} to train on, in {AGAIN + 1} tries: "
+            f"{which} are all worth the same; use more samples_each, other prompts, or a reward that tells answers "
+            "apart"
+        )
 
     def _cut(self, trees: list[Tree]) -> list[list[Tree]]:
         """Return a phase's trees, with earlier ones beside them, as optimizer steps."""
@@ -245,16 +282,22 @@ class Phases(Steps):
         source, passed = self.source, 0
         while count:
             epoch, index = divmod(self.asked, len(self.samples))
-            order = np.arange(len(self.samples))
-            if source.shuffle:
-                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
-            number, self.asked = int(order[index]), self.asked + 1
+            number, self.asked = int(self._order(epoch)[index]), self.asked + 1
             rate = self.rates[number]
             if not np.isnan(rate) and not source.least <= rate <= source.most and passed < len(self.samples):
                 passed += 1
                 continue
             count, passed = count - 1, 0
             yield self._ask(number, run)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the order of the prompts in an epoch; the latest is kept, since most prompts may be passed over."""
+        if self._ordered is None or self._ordered[0] != epoch:
+            order = np.arange(len(self.samples))
+            if self.source.shuffle:
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.samples))
+            self._ordered = epoch, order
+        return self._ordered[1]
 
     def _ask(self, number: int, run: Run) -> Asked:
         """Return a prompt as it is asked now."""

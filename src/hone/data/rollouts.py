@@ -9,6 +9,7 @@ from pydantic import Field
 
 from hone.data.derived import Derived
 from hone.data.open import on_policy_error
+from hone.engine.progress import log
 from hone.options import Nested
 from hone.parts import part
 from hone.rewards.exact import Exact
@@ -69,11 +70,12 @@ class Rollouts(Derived):
         buffer: how many earlier groups are kept for that.
         drop: groups that are left out: "even" ones, whose answers are all worth the same, "unsolved" ones, no answer of
             which is worth `solved`, or "none".
-        refill: how often more prompts are asked to make up for groups that were left out.
+        refill: how often more prompts are asked to make up for groups that were dropped.
         solved: an answer passes when it is worth at least this.
         least: prompts whose latest rate of passing is below are not asked again.
         most: prompts whose latest rate of passing is above are not asked again.
-        unfinished: what becomes of answers that ran out of tokens: "train" on them, or "mask" them out of the loss.
+        unfinished: what becomes of answers that ran out of tokens: "train" on them, or "mask" them out of the loss; a
+            phase that leaves nothing to train on is asked again with other prompts, at most eight times.
         demonstrations: answers of the source's own that join each group, 0 or 1; they are marked as not the model's.
         hints: steps of the source's own answer that the model is given: "none", or a number drawn from a binomial
             distribution whose mean share falls from `hint_from` to 0 over `hint_until` of the run along a cosine.
@@ -112,6 +114,7 @@ class Rollouts(Derived):
     patience: Annotated[float, Field(gt=0)] = 600.0
     batch: Count = 256
     _made: str = field(default="", init=False, repr=False)
+    _compares: bool = field(default=False, init=False, repr=False)
 
     def is_on_policy(self) -> bool:
         """Return that the model makes the samples while it trains."""
@@ -137,11 +140,17 @@ class Rollouts(Derived):
         if not fitting or self.make not in ("auto", *fitting):
             raise on_policy_error(consumes, self.make, fitting, FITTING)
         self._made = fitting[0] if self.make == "auto" else self.make
+        self._compares = consumes == "pairs"
 
     @property
     def made(self) -> str:
         """What is made of a group, once the objective is known."""
         return self._made
+
+    @property
+    def compares(self) -> bool:
+        """Whether the objective, once it is known, needs answers to a prompt that differ in worth."""
+        return self._compares
 
     def describe(self) -> str:
         """Return what is answered, how often, and what for."""
@@ -150,10 +159,19 @@ class Rollouts(Derived):
     def own_loader(self, rendering: Rendering, seed: int) -> Phases:
         """Return what samples and hands out the steps of a run.
 
+        Prompts that leave no room for an answer are left out, as a phase that met one could not go on.
+
         Args:
             rendering: gives the renderer.
             seed: the order of the prompts and the answers are drawn from it.
         """
         from hone.data.phases import Phases
 
-        return Phases(self, list(self.samples("train")), rendering.renderer, seed)
+        samples = list(self.samples("train"))
+        fitting = [one for one in samples if len(rendering.renderer.prompt_ids(one)) < self.max_tokens]
+        if len(fitting) < len(samples):
+            log.warning(
+                "%d of %d prompts have %d tokens or more (data.max_tokens) and are not asked",
+                len(samples) - len(fitting), len(samples), self.max_tokens,
+            )  # fmt: skip
+        return Phases(self, fitting, rendering.renderer, seed)

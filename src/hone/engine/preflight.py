@@ -67,8 +67,12 @@ class Rehearsal:
         """Return the figures for `--json`."""
         return asdict(self)
 
-    def text(self) -> str:
-        """Return the figures for people."""
+    def text(self, command: str) -> str:
+        """Return the figures for people.
+
+        Args:
+            command: what starts the run.
+        """
         return "\n".join([
             f"longest batch: {self.longest_tokens:,} tokens, forward, backward, optimizer step: done",
             f"checkpoint:    {self.checkpoint_bytes / 2**20:,.1f} MiB, saved and reloaded "
@@ -78,7 +82,7 @@ class Rehearsal:
             f"evaluations of {self.evaluation_seconds:.1f} s: about {clock(self.eta_seconds)}",
             f"work:          {self.step_flops / 1e9:,.1f} GFLOP a step of {self.step_tokens:,.0f} tokens, "
             f"{self.step_flops / self.step_seconds / 1e9:,.1f} GFLOP/s",
-            "nothing was kept; start it with the same words after: hone run",
+            f"nothing was kept; start it with: {command}",
         ])  # fmt: skip
 
 

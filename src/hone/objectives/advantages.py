@@ -14,6 +14,7 @@ from hone.text.pack import Tree
 
 Advantage = Literal["group", "centred", "leave-one-out", "batch", "raw"]
 Combine = Literal["sum", "advantages"]
+Earned = list[list[np.ndarray]]  # per group and answer: a number for each token (n,)
 ADVANTAGE = "advantage"  # per-token value
 SMALL = 1e-4  # added to a standard deviation, as in TRL
 
@@ -66,7 +67,10 @@ def rewards_of(tree: Tree, name: str = REWARD) -> tuple[list[int], np.ndarray]:
 
 
 def group_advantages(
-    trees: Sequence[Tree], how: Advantage, combine: Combine = "sum", penalties: Sequence[np.ndarray] | None = None
+    trees: Sequence[Tree],
+    how: Advantage,
+    combine: Combine = "sum",
+    penalties: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> list[Tree]:
     """Return groups with the value "advantage" at each token of an answer.
 
@@ -77,26 +81,58 @@ def group_advantages(
         trees: groups: prompts with their answers.
         how: what rewards are compared with.
         combine: "sum", or "advantages": the mean over the rewards of the advantages that each gives by itself.
-        penalties: per tree (T,) what is taken off each token's credit.
+        penalties: per tree and segment (n,) what is taken off each token's credit, and off that of each reward where
+            they are compared each by itself.
+
+    Raises:
+        HoneError: rewards that are compared each by itself credit parts of an answer.
     """
-    found: list[tuple[Tree, list[int], list[np.ndarray]]] = []
-    for number, tree in enumerate(trees):
-        segments, _ = rewards_of(tree)
-        if combine == "advantages":
-            names = sorted(name for name in tree.fields if name.startswith(f"{REWARD}/"))
-            worth = np.mean([compared(rewards_of(tree, name)[1], how) for name in names], axis=0)
-            found.append(
-                (tree, segments, [np.full(len(tree.tokens[s]), a) for s, a in zip(segments, worth, strict=True)])
+    segments = [rewards_of(tree)[0] for tree in trees]
+    earned = [_credits(trees, segments)] if combine == "sum" else _each_reward(trees, segments)
+    found = [_compared_in_phase(_less(one, segments, penalties), how) for one in earned]
+    return [
+        _with_advantages(tree, own, [np.mean(rows, axis=0) for rows in zip(*each, strict=True)])
+        for tree, own, *each in zip(trees, segments, *found, strict=True)
+    ]
+
+
+def _credits(trees: Sequence[Tree], segments: Sequence[list[int]]) -> Earned:
+    """Return what answers earn by all rewards."""
+    return [[tree.values[CREDIT][s] for s in own] for tree, own in zip(trees, segments, strict=True)]
+
+
+def _each_reward(trees: Sequence[Tree], segments: Sequence[list[int]]) -> list[Earned]:
+    """Return what answers earn by each of the rewards, all of it at their last tokens."""
+    for tree, credits in zip(trees, _credits(trees, segments), strict=True):
+        if any(credit[:-1].any() for credit in credits):
+            raise HoneError(
+                f"{tree.where}: a reward credits parts of an answer, and objective.combine: advantages compares what "
+                "whole answers are worth by each reward; set objective.combine=sum, or take rewards of whole answers"
             )
-            continue
-        taken = (
-            None if penalties is None else np.split(penalties[number], np.cumsum([len(t) for t in tree.tokens])[:-1])
-        )
-        earned = [tree.values[CREDIT][s] - (0.0 if taken is None else taken[s]) for s in segments]
-        found.append((tree, segments, _by_token(earned, how)))
-    if how == "batch":
-        found = _whitened(found)
-    return [_with_advantages(*one) for one in found]
+    names = sorted({name for tree in trees for name in tree.fields if name.startswith(f"{REWARD}/")})
+    return [
+        [
+            [np.append(np.zeros(len(tree.tokens[s]) - 1), tree.fields[name][s]) for s in own]
+            for tree, own in zip(trees, segments, strict=True)
+        ]
+        for name in names
+    ]
+
+
+def _less(earned: Earned, segments: Sequence[list[int]], penalties: Sequence[Sequence[np.ndarray]] | None) -> Earned:
+    """Return what answers earn less what is taken off it."""
+    if penalties is None:
+        return earned
+    return [
+        [credit - taken[s] for s, credit in zip(own, credits, strict=True)]
+        for own, credits, taken in zip(segments, earned, penalties, strict=True)
+    ]
+
+
+def _compared_in_phase(earned: Earned, how: Advantage) -> Earned:
+    """Return the advantage of each token of each answer of a phase."""
+    found = [_by_token(credits, how) for credits in earned]
+    return _whitened(found) if how == "batch" else found
 
 
 def _by_token(earned: list[np.ndarray], how: Advantage) -> list[np.ndarray]:
@@ -112,13 +148,11 @@ def _by_token(earned: list[np.ndarray], how: Advantage) -> list[np.ndarray]:
     return [a + (each - each[0]) / spread for a, each in zip(compared_whole, returns, strict=True)]
 
 
-def _whitened(
-    found: list[tuple[Tree, list[int], list[np.ndarray]]],
-) -> list[tuple[Tree, list[int], list[np.ndarray]]]:
+def _whitened(found: Earned) -> Earned:
     """Return advantages less their mean over the answers of a phase, in units of their standard deviation."""
-    firsts = np.array([each[0] for _, _, parts in found for each in parts])
+    firsts = np.array([each[0] for parts in found for each in parts])
     mean, spread = firsts.mean(), (firsts.std(ddof=1) if len(firsts) > 1 else 0.0) + SMALL
-    return [(tree, segments, [(each - mean) / spread for each in parts]) for tree, segments, parts in found]
+    return [[(each - mean) / spread for each in parts] for parts in found]
 
 
 def _with_advantages(tree: Tree, segments: list[int], parts: list[np.ndarray]) -> Tree:

@@ -22,7 +22,8 @@ from hone.parts import part
     ],
     claim="The mean over the answers to a prompt is a baseline that needs no critic: training raises accuracy.",
     deviations="The divergence from the reference is off by default (kl: 0), as in most later work; the paper has "
-    "0.04. LongWriter-Zero's mean of the advantages of each reward is combine: advantages.",
+    "0.04. With kl_in: reward each token is charged with the divergence from it on, not with the whole answer's. "
+    "LongWriter-Zero's mean of the advantages of each reward is combine: advantages.",
 )
 @dataclass(kw_only=True)
 class GRPO(Policy):

@@ -6,7 +6,7 @@ What the model did not write stands in a group as well: the hint that it was giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,6 +128,15 @@ class SRFT(Hybrid):
     demo_weight: NotNegative = 0.5
     own_weight: NotNegative = 0.1
     solved: float = 1.0
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield the options of policy objectives that its four terms have no place for."""
+        if self.kl and self.kl_in == "loss":
+            yield "kl", "the loss has no divergence from a reference; set kl_in: reward, or leave it at 0"
+        if self.entropy:
+            yield "entropy", "the loss has no bonus for the entropy, which enters the weights of its terms instead"
+        if self.ratio != "token":
+            yield "ratio", "the ratio is that of each token of a demonstration, so there is nothing to choose"
 
     def policy_loss(self, view: View) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss, and what is reported.

@@ -86,7 +86,8 @@ class Policy(Referring):
     Args:
         advantage: "group": (R - mean) / std of the answers to a prompt; "centred": R - mean; "leave-one-out": R - mean
             of the others; "batch": (R - mean) / std over all answers of a phase; "raw": R.
-        combine: of several rewards: take advantages of their sum, or the mean of the advantages of each.
+        combine: of several rewards: take advantages of their "sum", or the mean of the "advantages" of each, for which
+            rewards must be for whole answers; what the divergence takes off a reward comes off each of them.
         ratio: by "token", or the geometric mean over the "answer", whose tokens then share one ratio.
         clip_low: how far below 1 the ratio counts; None for no bound.
         clip_high: how far above 1 the ratio counts; None for no bound.
@@ -94,7 +95,8 @@ class Policy(Referring):
             over answers of sums over tokens divided by the longest answer's allowed "length".
         kl: strength of the divergence from the reference; 0 needs no reference.
         estimator: of that divergence: k1, k2 or k3.
-        kl_in: "loss", or "reward", which takes it off what each token earns, without gradient.
+        kl_in: "loss", or "reward", which takes it off what each token of the model's own that is trained on earns,
+            without gradient.
         entropy: strength of a bonus for the entropy of the next token.
     """
 
@@ -150,14 +152,21 @@ class Policy(Referring):
         """
         return with_values(run, trees, REFERENCE, self._reference_logprobs) if self.kl else trees
 
-    def _penalties(self, trees: Sequence[Tree]) -> list[np.ndarray] | None:
-        """Return what the divergence takes off each token's reward, per tree (T,); None where it does not."""
+    def _penalties(self, trees: Sequence[Tree]) -> list[list[np.ndarray]] | None:
+        """Return what the divergence takes off each token's reward, per tree and segment; None where it does not."""
         if not self.kl or self.kl_in == "loss":
             return None
-        found = []
-        for tree in trees:
-            own, other = (np.concatenate(tree.values[name]) for name in (LOGPROB, REFERENCE))
-            found.append(self.kl * kl_estimate(torch.from_numpy(own), torch.from_numpy(other), self.estimator).numpy())
+        return [[self._penalty(tree, segment) for segment in range(len(tree.tokens))] for tree in trees]
+
+    def _penalty(self, tree: Tree, segment: int) -> np.ndarray:
+        """Return what comes off the reward of each token of a segment (n,).
+
+        An estimate needs tokens that the model drew, and the reference's view of them, which is had where they train.
+        """
+        found = np.zeros(len(tree.tokens[segment]))
+        drawn = (tree.weights[segment] != 0) & (tree.fields[FOREIGN][segment] != 1)
+        own, other = (torch.from_numpy(tree.values[name][segment][drawn]) for name in (LOGPROB, REFERENCE))
+        found[drawn] = self.kl * kl_estimate(own, other, self.estimator).numpy()
         return found
 
     def _reference_logprobs(self, model: LanguageModel, batch: Packed) -> Tensor:

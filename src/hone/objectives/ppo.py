@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -73,7 +74,7 @@ class PPO(Policy):
         value_clip: how far the critic may move in a phase; None for no bound.
         estimator: of the divergence from the reference: k1, k2 or k3.
         kl_in: where the divergence enters: the "loss" or the "reward".
-        whiten: give advantages zero mean and unit variance over the tokens of a phase.
+        whiten: give advantages zero mean and unit variance over the trained tokens of a phase.
     """
 
     estimator: Estimator = "k1"
@@ -83,6 +84,13 @@ class PPO(Policy):
     value_weight: NotNegative = 0.5
     value_clip: NotNegative | None = 0.2
     whiten: bool = True
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield the options of policy objectives that mean nothing beside a critic."""
+        if self.advantage != "group":
+            yield "advantage", "the critic says what a reward is compared with, so there is nothing to choose"
+        if self.combine != "sum":
+            yield "combine", "the critic learns what is earned in all, so rewards are added up"
 
     def equip(self, model: LanguageModel) -> None:
         """Put the critic beside the model; it says 0 at first.
@@ -118,11 +126,9 @@ class PPO(Policy):
         penalties = self._penalties(trees)
         made = []
         for number, tree in enumerate(trees):
-            sizes = np.cumsum([len(tokens) for tokens in tree.tokens])[:-1]
-            taken = None if penalties is None else np.split(penalties[number], sizes)
             rows = {name: [np.zeros(len(tokens)) for tokens in tree.tokens] for name in (ADVANTAGE, RETURN)}
             for segment in rewards_of(tree)[0]:
-                credit = tree.values[CREDIT][segment] - (0.0 if taken is None else taken[segment])
+                credit = tree.values[CREDIT][segment] - (0.0 if penalties is None else penalties[number][segment])
                 values = tree.values[VALUE][segment]
                 rows[ADVANTAGE][segment] = generalised(credit, values, self.discount, self.trace)
                 rows[RETURN][segment] = rows[ADVANTAGE][segment] + values
@@ -149,8 +155,8 @@ class PPO(Policy):
 
 
 def _whitened(trees: list[Tree]) -> list[Tree]:
-    """Return groups whose advantages have zero mean and unit variance over the tokens of all answers."""
-    segments = [rewards_of(tree)[0] for tree in trees]
+    """Return groups whose advantages have zero mean and unit variance over the tokens of all answers that train."""
+    segments = [[s for s in rewards_of(tree)[0] if tree.weights[s].any()] for tree in trees]
     every = np.concatenate([tree.values[ADVANTAGE][s] for tree, own in zip(trees, segments, strict=True) for s in own])
     mean, spread = every.mean(), every.std() + SMALL
     made = []

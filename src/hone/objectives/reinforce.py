@@ -20,7 +20,9 @@ from hone.parts import part
         )
     ],
     claim="REINFORCE with the mean of the other answers as the baseline does as well as PPO, without critic or clips.",
-    deviations="A token's gradient is divided by the longest allowed answer, a constant factor on the learning rate.",
+    deviations="A token's gradient is divided by the longest allowed answer, a constant factor on the learning rate. "
+    "Each token is charged with the divergence from it on, where the paper and TRL charge it with the whole answer's: "
+    "another unbiased estimator of the same gradient.",
 )
 @dataclass(kw_only=True)
 class RLOO(Policy):
@@ -57,7 +59,8 @@ class RLOO(Policy):
     ],
     claim="Answers become likelier by how far their reward exceeds a baseline; a pull to the start keeps their form.",
     deviations="The baseline is the mean over the phase, and advantages have unit variance. Of MusicRL only the "
-    "regularised policy gradient on sequence rewards is here.",
+    "regularised policy gradient on sequence rewards is here. With kl_in: reward each token is charged with the "
+    "divergence from it on, not with the whole answer's.",
 )
 @dataclass(kw_only=True)
 class Reinforce(Policy):
