@@ -10,7 +10,7 @@ There is a teacher for each seed. Methods that tune or distil start from it and 
 training took, their own teacher's and critics' passes and what they prepare included; methods without a teacher may
 spend 9/8, as much as the others in all. Operations are counted by torch at two lengths of run, which tells what a step
 costs from what preparing costs. The learning rate of each method is the best of three (two for NitroFusion), chosen
-with another seed and its own teacher by D@1 (or with fewest evaluations).
+with another seed and its own teacher by the geometric mean of the distances below.
 
 D@n is the distance of what n evaluations of the network draw. For points it is the sliced 2-Wasserstein distance of
 20,000 from 60,000 of the density itself, and "floor" is what 20,000 of the density come to. For digits it is the
@@ -344,6 +344,13 @@ def first_score(row: dict[str, Any]) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+def mean_score(row: dict[str, Any]) -> float:
+    """Return the geometric mean of a run's distances, infinite where it failed."""
+    found = [value for key, value in row.items() if key.startswith("D@")]
+    good = bool(found) and all(math.isfinite(value) and value > 0 for value in found)
+    return statistics.geometric_mean(found) if good else math.inf
+
+
 def main() -> None:
     """Run the bench and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -402,7 +409,7 @@ def measure(method: Method, budget: float, homes: dict[int, Path], ground: Groun
     if len(method.rates) > 1:
         home = homes[TUNING_SEED]
         tried = pool.map(train, [Task(method, TUNING_SEED, r, steps, home, ground) for r in method.rates], chunksize=1)
-        rate = min(zip(method.rates, tried, strict=True), key=lambda pair: first_score(pair[1]))[0]
+        rate = min(zip(method.rates, tried, strict=True), key=lambda pair: mean_score(pair[1]))[0]
     runs = pool.map(train, [Task(method, seed, rate, steps, homes[seed], ground) for seed in seeds], chunksize=1)
     return {"label": method.label, "objective": method.objective, "scratch": method.scratch, "steps": steps, "lr": rate,
             "tried": tried, "runs": runs}  # fmt: skip

@@ -50,9 +50,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "annealed-reflow": [{"anneal": "cosine"}],
     "flow-guided": [{"lead": "student"}],
     "alignprop": [{"steps": 3, "truncation": "gaussian", "wanted": 0.5}],
-    "ddpo": [{"steps": 3, "updates": 2, "reward": {"name": "within", "width": 0.5}}],
+    "ddpo": [{"steps": 3, "updates": 2, "reward": {"name": "within", "width": 0.5}}, {"steps": 3, "eta": 0.0}],
     "rlcm": [{"steps": 2, "updates": 2, "least": 2, "guidance": 2.0}],
-    "prdp": [{"steps": 2, "each": 3, "updates": 2, "clip": None}],
+    "prdp": [{"steps": 2, "each": 3, "updates": 2, "clip": None}, {"steps": 2, "eta": 0.0}],
     "rg-lcd": [{"proxy": False, "reward": "brightness"}],
     "mmd-ddm": [{"kernel": "cubic", "features": "classifier", "encoder_steps": 20}],
     "ddo": [{"rounds": 3, "drawn": 30}],
@@ -132,18 +132,19 @@ class Case:
             self.options = {"teacher": teacher_folder(teachers), **self.options}
         self.kind = PARAMETERISATION.get(name, "consistency")
 
-    def run(self, micro: int | None = None, steps: int = STEPS) -> Run:
+    def run(self, micro: int | None = None, steps: int = STEPS, precision: str = "float64") -> Run:
         """Return a run at its beginning."""
+        cluster = Cluster("cpu", precision)
         objective: Objective = build_part("objective", {"name": self.cls.name, **self.options})
-        model, source = make_denoiser(self.kind), data()
+        model, source = make_denoiser(self.kind).to(cluster.dtype), data()
         recipe = Recipe.of(
             model="denoiser", data="points", objective="denoise", steps=steps, batch_tokens=BATCH,
-            micro_tokens=micro, optimizer={"name": "adamw", "lr": 1e-3}, schedule="constant", precision="float64",
+            micro_tokens=micro, optimizer={"name": "adamw", "lr": 1e-3}, schedule="constant", precision=precision,
         )  # fmt: skip
         trees: Any = source.collection("train")
         objective.equip(model)
         torch.manual_seed(5)
-        run = Run(recipe, Cluster("cpu", "float64"), model, objective, Loader(trees, batch_tokens=BATCH, seed=0), steps)
+        run = Run(recipe, cluster, model, objective, Loader(trees, batch_tokens=BATCH, seed=0), steps)
         params = list(model.named_parameters())
         run.players["model"] = Player(params, recipe.build("optimizer").build(params, {}), lambda step, total: 1.0)
         objective.setup(run)
@@ -162,9 +163,7 @@ def train(run: Run, steps: int) -> list[dict[str, Any]]:
     trainer = Trainer(run)
     rows = []
     for _ in range(steps):
-        items: Any = next(run.loader)
-        for item in items:
-            item.array = item.array.double()
+        items: Any = next(run.loader)  # in float32, whatever the run's precision is
         rows.append(trainer.train_step(items))
     return rows
 
@@ -184,6 +183,14 @@ def test_moves_every_player_and_stays_finite(case):
     assert all(torch.isfinite(value).all() for value in after.values())
     numbers = [v for row in rows for v in row.values() if isinstance(v, float)]
     assert np.isfinite(numbers).all()
+
+
+@every_objective
+def test_trains_in_bf16(case):
+    run = case.run(precision="bf16")
+    numbers = [value for row in train(run, 1) for value in row.values() if isinstance(value, float)]
+    assert np.isfinite(numbers).all()
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in weights(run).values())
 
 
 @every_objective

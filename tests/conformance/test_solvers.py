@@ -14,6 +14,8 @@ from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.drawing import draw
 from hone.diffusion.levels import Parameterisation
 from hone.diffusion.networks import MLP
+from hone.errors import ModelError
+from hone.objectives.trajectory import Jumps
 from hone.options import Places, build_part, check_part
 from hone.parts import catalogue
 
@@ -65,13 +67,13 @@ def data() -> Points:
     return Points(density="ring", count=200, holdout=40, conditional=True)
 
 
-def make(kind: type[Denoiser] = Seen, seed: int = 0) -> Any:
+def make(kind: type[Denoiser] = Seen, seed: int = 0, extras: int = 0) -> Any:
     torch.manual_seed(seed)
     plan = MLP(width=8, depth=2)
     made = kind(
         plan.build((2,), 8), Parameterisation("edm", 0.7, 0.01), (2,), classes=8, sigma_max=10.0, built=plan.record()
     )
-    made.widen(1)  # gamma shows where a jump leads to
+    made.widen(extras)
     made.double()
     with torch.no_grad():
         for parameter in made.parameters():
@@ -91,12 +93,14 @@ def spec(name: str, options: dict[str, Any], small: str) -> dict[str, Any]:
     return {key: small if value == "SMALL" else value for key, value in found.items()}
 
 
-def ready(name: str, options: dict[str, Any], small: str) -> tuple[Any, Any]:
-    """Return a solver and the denoiser that it was prepared for."""
-    solver, model = build_part("solver", spec(name, options, small)), make()
-    solver.prepare(model, data())
+def ready(name: str, options: dict[str, Any], small: str) -> tuple[Any, Any, Seen]:
+    """Return a solver, what it was prepared to draw from, and the denoiser in it."""
+    jumps = name == "gamma"  # shows where a jump leads to
+    solver, model = build_part("solver", spec(name, options, small)), make(extras=int(jumps))
+    drawing = Jumps(model) if jumps else model
+    solver.prepare(drawing, data())
     model.rows = 0
-    return solver, model
+    return solver, drawing, model
 
 
 def noise() -> Tensor:
@@ -113,12 +117,12 @@ def test_its_options_pass_the_check(name, options, small):
 def test_samples_and_counts(name, options, labelled, small, monkeypatch):
     if options.get("verifier") == "classifier" and not labelled:
         pytest.skip("a classifier of no class in particular takes the likeliest")
-    solver, model = ready(name, options, small)
+    solver, drawing, model = ready(name, options, small)
     loaded: list[Any] = []
     read = Denoiser.load
     monkeypatch.setattr(Denoiser, "load", lambda *given, **more: loaded.append(read(*given, **more)) or loaded[-1])
     labels = torch.arange(COUNT) % 8 if labelled else None
-    made, calls = solver.sample(model, noise(), labels, torch.Generator().manual_seed(1))
+    made, calls = solver.sample(drawing, noise(), labels, torch.Generator().manual_seed(1))
     assert made.shape == (COUNT, 2) and made.dtype == torch.float64 and not made.requires_grad
     assert bool(torch.isfinite(made).all())
     if name == "t-stitch":
@@ -131,7 +135,7 @@ def test_samples_and_counts(name, options, labelled, small, monkeypatch):
 def test_the_same_noise_gives_the_same_samples(name, options, small):
     labels, found = torch.arange(COUNT) % 8, []
     for seed in (0, 99):
-        solver, model = ready(name, options, small)
+        solver, model, _ = ready(name, options, small)
         torch.manual_seed(seed)  # nothing may depend on torch's own generator
         found.append(solver.sample(model, noise(), labels, torch.Generator().manual_seed(1)))
         again = solver.sample(model, noise(), labels, torch.Generator().manual_seed(1))  # nor on what it has drawn
@@ -141,7 +145,7 @@ def test_the_same_noise_gives_the_same_samples(name, options, small):
 
 @every_solver
 def test_it_draws_as_evaluation_does(name, options, small):
-    solver, model = ready(name, options, small)
+    solver, model, _ = ready(name, options, small)
     made, calls = draw(model, solver, 30, data().collection("eval").labels, seed=3)
     assert made.shape == (30, 2) and calls >= 1 and bool(torch.isfinite(made).all())
 
@@ -153,6 +157,24 @@ def test_solvers_inside_others_must_go_level_by_level(small):
         assert [problem.field for problem in problems] == ["solvers.0.of"]
     wrong = {"name": "noise-search", "algorithm": "paths", "back": 0.5, "of": "multistep"}
     assert {p.field for p in check_part("solver", wrong, "s", Places())} == {"s.of", "s.back"}
+
+
+@pytest.mark.parametrize("name", ["heun", "ddim", "multistep"])
+def test_a_model_that_is_shown_more_is_not_drawn_from_without(name):
+    with pytest.raises(ModelError, match="trained with 1 more number beside the noise level"):
+        draw(make(extras=1), build_part("solver", name), 4, data().collection("eval").labels)
+
+
+def test_gamma_says_what_it_draws_from():
+    with pytest.raises(ModelError, match="follows the jumps of a trajectory model, which the objectives ctm and"):
+        draw(make(), build_part("solver", {"name": "gamma", "steps": 2}), 4)
+
+
+def test_a_small_denoiser_that_is_shown_more_is_refused(tmp_path):
+    make(Denoiser, extras=2).save(tmp_path)
+    solver = build_part("solver", {"name": "t-stitch", "small": str(tmp_path), "of": HEUN})
+    with pytest.raises(ModelError, match=r"trained with 2 more numbers.*no small denoiser of t-stitch"):
+        draw(make(), solver, 4)
 
 
 def test_a_small_denoiser_must_exist():

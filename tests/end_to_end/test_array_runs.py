@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from end_to_end.support import back_to, files, hone, repeatable, rows
+from end_to_end.support import back_to, fields, files, hone, repeatable, rows
 from hone import Recipe, resume, run
 from hone.data.arrays import Images, Points, Tones
-from hone.errors import DataError, HoneError, RecipeError
+from hone.diffusion.denoiser import Denoiser
+from hone.engine.assemble import assemble
+from hone.engine.devices import Cluster
+from hone.engine.progress import Display
+from hone.errors import DataError, HoneError, ModelError, RecipeError
 
 SMALL: dict[str, Any] = {"name": "denoiser", "network": {"name": "mlp", "width": 16, "depth": 2}}
 
@@ -30,6 +38,17 @@ def recipe(out: Path, /, **changes: Any) -> dict[str, Any]:
 
 def train(out: Path, /, **changes: Any) -> dict[str, Any]:
     return run(Recipe.of(**recipe(out, **changes)))
+
+
+@contextlib.contextmanager
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Let `caplog` hear the notes of the package, which its own handler would keep from it."""
+    log = logging.getLogger("hone")
+    log.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(caplog.handler)
 
 
 def test_a_run_is_evaluated_by_what_it_draws(tmp_path: Path) -> None:
@@ -80,6 +99,17 @@ def test_a_stage_starts_from_the_one_before_and_learns_from_its_result(tmp_path:
     assert first.keys() == second.keys() and any(not torch.equal(first[name], second[name]) for name in first)
 
 
+def test_frozen_weights_that_an_adapter_is_merged_into_keep_their_bits(
+    tmp_path: Path, tiny_model: Path, qa_file: Path
+) -> None:
+    changes: dict[str, Any] = {"adapter": {"name": "lora", "rank": 2}, "precision": "bf16"}
+    arrays, text = recipe(tmp_path / "a", **changes), fields(tiny_model, qa_file, tmp_path / "t", **changes)
+    for given, dtype in ((arrays, torch.float32), (text, torch.bfloat16)):
+        model = assemble(Recipe.of(**given), Cluster("cpu", "bf16"), Display(False)).run.model
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_an_adapter_is_merged_into_what_is_saved(tmp_path: Path) -> None:
     train(tmp_path / "base")
     start = {"name": "denoiser", "path": str(tmp_path / "base")}
@@ -88,6 +118,128 @@ def test_an_adapter_is_merged_into_what_is_saved(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed and all(name.endswith("weight") for name in changed)
+
+
+@pytest.mark.parametrize(("objective", "parameterisation"), [
+    ({"name": "ict", "end": 160}, "consistency"), ("ct", "consistency"),
+    ({"name": "progressive", "teacher": "truth", "plan": [8, 4, 2, 1]}, "vp-v"),
+])  # fmt: skip
+@pytest.mark.parametrize("more", [{}, {"steps": None, "epochs": 1, "batch_tokens": 20}], ids=["steps", "epochs"])
+def test_evaluating_again_finds_the_loss_that_the_run_found(
+    tmp_path: Path, objective: Any, parameterisation: str, more: dict[str, Any]
+) -> None:
+    model = {**SMALL, "parameterisation": parameterisation}
+    train(tmp_path / "run", objective=objective, model=model, solvers=["ddim"], **{"steps": 20, **more})
+    last = rows(tmp_path / "run" / "evaluations.jsonl")[-1]
+    assert f"\nloss: {last['loss']:.4f}\n" in "\n" + hone("eval", tmp_path / "run").out
+
+
+def test_evaluating_again_needs_the_checkpoint_of_what_an_objective_keeps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained: dict[str, Any] = {
+        "ict": {"name": "ict", "end": 160}, "ct": "ct",
+        "progressive": {"name": "progressive", "teacher": "truth", "plan": [4, 2, 1]},
+    }  # fmt: skip
+    for name, objective in trained.items():
+        train(tmp_path / name, objective=objective, steps=20, stages=[{"name": "one", "steps": 1}, {"name": "two"}])
+        last = rows(tmp_path / name / "stage-2" / "evaluations.jsonl")[-1]
+        same = f"loss: {last['loss']:.4f}"
+        with heard(caplog):
+            assert same in hone("eval", tmp_path / name).out and "begins anew" not in caplog.text
+            shutil.rmtree(tmp_path / name / "stage-2" / "checkpoints")
+            said = hone("eval", tmp_path / name).out
+        assert (same in said) == (name == "ict") != ("checkpoints is gone" in caplog.text)
+        caplog.clear()
+
+
+def test_evaluating_again_knows_the_curriculum_of_a_run_with_an_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    objective = {"name": "ict", "end": 160}
+    train(tmp_path / "run", objective=objective, adapter={"name": "lora", "rank": 2}, steps=20)
+    last = rows(tmp_path / "run" / "evaluations.jsonl")[-1]
+    assert f"loss: {last['loss']:.4f}" in hone("eval", tmp_path / "run").out
+    train(tmp_path / "mean", objective="ct", adapter={"name": "lora", "rank": 2})
+    with heard(caplog):
+        assert hone("eval", tmp_path / "mean").status == 0
+    assert "belongs to a model with an adapter, which is merged now" in caplog.text
+
+
+def test_what_an_objective_adds_is_taken_over_where_the_next_one_knows_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    repa = {"name": "repa", "encoder": "patches"}
+    with heard(caplog):
+        then = {"name": "denoiser", "path": "stage:1", "parameterisation": "trigflow"}
+        train(tmp_path / "run", objective=repa, stages=[
+            {"name": "aligned"}, {"name": "consistent", "objective": "scm", "model": then},
+        ])  # fmt: skip
+    assert "holds no weight, which begins anew; it holds projector" in caplog.text
+    first = tmp_path / "run" / "stage-1"
+    again = {"name": "denoiser", "path": str(first)}  # the folder of a run, not of its model
+    train(tmp_path / "on", objective=repa, model=again, steps=1, optimizer={"name": "adamw", "lr": 1e-9})
+    before, after = (load_file(run / "model" / "extras.safetensors") for run in (first, tmp_path / "on"))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
+    with pytest.raises(ModelError, match="does not fit what the objective puts beside the model"):
+        train(tmp_path / "no", objective={**repa, "projector": 7}, model=again)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float64"])
+@pytest.mark.parametrize("objective", [
+    {"name": "nitrofusion", "teacher": "truth", "teacher_steps": 2}, {"name": "ddo", "drawn": 40},
+    {"name": "ctm", "teacher": "truth"}, {"name": "repa", "encoder_steps": 5}, {"name": "mmd-ddm", "steps": 2},
+], ids=lambda objective: objective["name"])  # fmt: skip
+def test_an_adapter_trains_in_every_precision(tmp_path: Path, objective: Any, precision: str) -> None:
+    changes: dict[str, Any] = {"data": {"name": "points", "count": 400, "holdout": 50, "conditional": True}}
+    for adapter in ("lora", "corda"):  # the latter looks at data first
+        out = tmp_path / adapter
+        train(out, objective=objective, adapter={"name": adapter, "rank": 2}, precision=precision, steps=2, **changes)
+        assert hone("eval", out).status == 0 and hone("sample", out).status == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float64"])
+def test_an_adapter_that_looks_at_gradients_sees_them_in_every_precision(tmp_path: Path, precision: str) -> None:
+    adapter = {"name": "lora-sb", "rank": 2}
+    assert train(tmp_path / "run", adapter=adapter, precision=precision, steps=2)["status"] == "finished"
+
+
+def test_a_model_that_is_shown_more_is_drawn_from_by_its_run_alone(tmp_path: Path) -> None:
+    train(tmp_path / "run", objective={"name": "ctm", "teacher": "truth"}, solvers=[{"name": "gamma", "steps": 2}])
+    assert hone("sample", tmp_path / "run", "--samples", "4").status == 0
+    said = hone("sample", tmp_path / "run" / "model", "--samples", "4")
+    assert said.status != 0 and "hone sample RUN" in said.err
+    assert not list((tmp_path / "run" / "model").glob("drawn-*"))
+    path = str(tmp_path / "run")
+    stitched = {"name": "t-stitch", "small": path}
+    for number, changes in enumerate((
+        {"objective": {"name": "cd", "teacher": path}}, {"model": {"name": "denoiser", "path": path}},
+        {"solvers": [stitched]},
+    )):  # fmt: skip
+        with pytest.raises(ModelError, match="trained with 1 more number beside the noise level"):
+            train(tmp_path / str(number), **changes)
+    with pytest.raises(ModelError, match="gamma follows the jumps of a trajectory model"):
+        train(tmp_path / "no", solvers=["gamma"])
+
+
+@pytest.mark.parametrize(("kind", "drawn"), [("consistency", "multistep-1"), ("edm", "heun-35")])
+def test_a_model_folder_says_what_it_is_drawn_from_by(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, drawn: str
+) -> None:
+    train(tmp_path / "run", model={**SMALL, "parameterisation": kind})
+    model = tmp_path / "run" / "model"
+    with heard(caplog):
+        assert hone("sample", model, "--samples", "4").status == 0
+    assert (model / "drawn-1" / f"{drawn}.safetensors").is_file()
+    assert f"what its run draws with: {drawn.partition('-')[0]} is taken" in caplog.text
+
+
+def test_methods_that_look_at_data_run_a_widened_network_with_zeros(tmp_path: Path) -> None:
+    train(
+        tmp_path / "run", objective={"name": "ctm", "teacher": "truth"}, adapter={"name": "corda", "rank": 2}, steps=1
+    )
+    assert Denoiser.load(tmp_path / "run").widened == 1
 
 
 @pytest.mark.parametrize("network", [{"name": "unet", "channels": 8}, {"name": "dit", "width": 16, "depth": 2}])

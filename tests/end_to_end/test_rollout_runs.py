@@ -90,7 +90,8 @@ def test_prompts_without_room_for_an_answer_are_left_out(
     source.write_text(f"{long}\n{qa_file.read_text()}")
     log.addHandler(caplog.handler)
     try:
-        result = roll(tiny_model, source, tmp_path / "run", steps=2, data={"of": {"name": "files", "path": str(source)}})
+        asked = {"of": {"name": "files", "path": str(source)}}
+        result = roll(tiny_model, source, tmp_path / "run", steps=2, data=asked)
     finally:
         log.removeHandler(caplog.handler)
     assert result["status"] == "finished" and "(data.max_tokens) and are not asked" in caplog.text

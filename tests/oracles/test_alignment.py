@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.items import Collection
 from hone.diffusion.levels import Parameterisation, spread
-from hone.diffusion.networks import DiT, UNet
+from hone.diffusion.networks import MLP, DiT, UNet
 from hone.errors import ModelError
 from hone.objectives.alignment import PROJECTOR, RepresentationAlignment, overheard
 from hone.objectives.denoising import Denoise
@@ -66,11 +66,22 @@ def test_the_loss_is_denoising_less_the_mean_cosine(plan: Any, encoder: Any) -> 
     assert objective.loss(model, batch)[1] == {}
 
 
+def test_the_projector_is_as_wide_as_the_digits_network_whatever_the_width_of_a_classifier() -> None:
+    model = made(DiT(width=16, depth=4, heads=2, patch=2))
+    objective = RepresentationAlignment(encoder="digits", width=8)
+    objective.equip(model)
+    run = as_run(model, images())
+    objective.setup(run)
+    assert bool(torch.isfinite(objective.loss(model, step_of(objective, run))[0]))
+
+
 def test_the_early_layer_of_the_paper_is_taken_and_one_that_is_not_there_refused() -> None:
     objective = RepresentationAlignment()
     objective.equip(made(DiT(width=16, depth=7, heads=2)))
     assert objective._layer == 1  # the second of 7, as the 8th of 28
     with pytest.raises(ModelError, match="shows 4 states, 5 is not among them"):
         RepresentationAlignment(depth=5).equip(made(DiT(width=16, depth=4, heads=2)))
+    with pytest.raises(ModelError, match=r"the states of PointNet for arrays \(1, 8, 8\) have no places"):
+        RepresentationAlignment().equip(made(MLP(width=16, depth=2)))
     with pytest.raises(ModelError, match="the digits' network sees"):
         RepresentationAlignment(encoder="digits").setup(as_run(tiny(), images()))

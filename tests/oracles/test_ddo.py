@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,17 @@ def test_a_round_begins_with_the_model_and_what_it_draws() -> None:
     step_of(objective, run)
     assert not torch.equal(objective._pool[0], first)  # type: ignore[index]
     assert torch.equal(objective._reference.hf.leave.weight, model.hf.leave.weight)
+
+
+def test_a_resumed_round_lies_where_its_reference_does() -> None:
+    run = as_run(tiny(classes=2), points(6, torch.arange(6) % 2))
+    objective = DDO(drawn=10)
+    objective.setup(run)
+    saved = copy.deepcopy(objective.state_dict())
+    elsewhere = torch.zeros(1, device="meta")  # stands for a GPU
+    objective._reference = SimpleNamespace(load_state_dict=lambda state: None, parameters=lambda: iter([elsewhere]))
+    objective.load_state_dict(saved)
+    assert [kept.device.type for kept in objective._pool] == ["meta", "meta"]  # type: ignore[union-attr]
 
 
 def test_the_reference_draws_each_array_for_the_class_that_it_is_given() -> None:

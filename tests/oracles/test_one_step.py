@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hone.data.arrays import Points
 from hone.data.loader import Loader
-from hone.diffusion.critics import Critic
+from hone.diffusion.critics import Critic, features_of
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.items import Item, collate
 from hone.diffusion.levels import Parameterisation
@@ -25,6 +25,7 @@ from hone.objectives.adversarial import Pool
 from hone.objectives.generators import Drawn, take_weights
 from hone.objectives.matching import DMD2, fake_network
 from hone.objectives.students import TeacherScoreMatching
+from hone.objectives.teachers import Truth
 from hone.objectives.watch import PATIENCE, TIMES, Watch
 from hone.recipe import Recipe
 from hone.solvers.few import Multistep
@@ -80,6 +81,29 @@ def test_discriminators_read_the_features_of_several_students(of):
     for half, rows in ((0, labels < 4), (1, labels >= 4)):
         critic.body.hf = made.hf.students[half]
         torch.testing.assert_close(critic(x[rows], sigma[rows], labels[rows]), logits[rows])
+
+
+def test_a_discriminator_says_what_features_it_cannot_have():
+    made = denoiser(MLP(width=8, depth=2))
+    truth = Points(density="ring", conditional=True).truth()
+    with pytest.raises(ModelError, match=r"objective\.teacher: a discriminator needs the features of a network"):
+        Critic(Truth(truth, made))
+
+
+def test_a_discriminator_shows_zeros_where_its_network_was_widened():
+    made = denoiser(MLP(width=8, depth=2))
+    x, sigma = torch.randn(5, 2).double(), torch.ones(5).double()
+    before = Critic(made).features(x, sigma, None)
+    made.widen(2)
+    critic = Critic(made)
+    torch.testing.assert_close(critic.features(x, sigma, None), before)  # fresh numbers are without effect
+    with torch.no_grad():
+        for layer in critic.body.hf.embed_extras:
+            layer.weight.normal_()
+    shown = features_of(critic.body, x, sigma, None, torch.zeros(5, 2).double())
+    torch.testing.assert_close(critic.features(x, sigma, None), shown)
+    with pytest.raises(ModelError, match="trained with 2 more numbers beside the noise level"):
+        features_of(critic.body, x, sigma, None)
 
 
 def test_students_begin_with_their_teachers_weights():

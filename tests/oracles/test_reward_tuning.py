@@ -54,6 +54,20 @@ def test_means_and_densities_of_a_chain_are_those_of_its_steps() -> None:
     torch.testing.assert_close(logs, -noise.square().sum(-1) / 2, **EXACT)
 
 
+def test_a_step_without_noise_has_no_density_and_no_gradient() -> None:
+    model = tiny()
+    links = denoising_chain(model, 3, eta=0.0, last=0.2)
+    start, noise = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    states = torch.stack(follow(model, links, start, lambda _: noise, None)).detach()
+    expected = means(model, links, states[:-1], None)
+    expected.retain_grad()
+    logs = log_densities(links, states[1:], expected)
+    torch.testing.assert_close(logs[2], -noise.square().sum(-1) / 2, **EXACT)
+    assert not logs[:2].any()
+    logs.exp().sum().backward()
+    assert not expected.grad[:2].any() and bool(torch.isfinite(model.hf.leave.weight.grad).all())
+
+
 def test_alignprop_has_the_gradient_of_the_reward_through_the_last_steps() -> None:
     model = tiny()
     run = as_run(model, points(5))

@@ -300,7 +300,7 @@ def exact_jump(model, x, now, then, labels):
 def jumping(monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "hone.objectives.trajectory", SimpleNamespace(jump=exact_jump))
+    monkeypatch.setitem(sys.modules, "hone.objectives.trajectory", SimpleNamespace(jump=exact_jump, Jumps=Known))
 
 
 def test_gamma_zero_with_exact_jumps_is_the_flow(jumping):

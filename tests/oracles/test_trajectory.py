@@ -204,7 +204,7 @@ def test_features_are_compared_by_direction():
 
 def test_the_guided_teacher_leads_between_its_answers():
     objective = SoundTrajectory(teacher="stage:1", least=3.0, most=3.0)
-    objective._teacher = network(2, classes=3, extras=1)
+    objective._teacher = network(2, classes=3, extras=0)
     batch = batch_of(5)
     batch = Batch(batch.arrays, torch.arange(5) % 3, batch.places)
     sigma = torch.full((5,), 1.5, dtype=torch.float64)

@@ -122,10 +122,14 @@ def means(model: Any, links: Sequence[Link], states: Tensor, labels: Tensor | No
 def log_densities(links: Sequence[Link], reached: Tensor, expected: Tensor) -> Tensor:
     """Return log N(reached; expected, c^2 I) of each step (n, B), without what depends on c alone.
 
+    A step without noise is no action that could be more or less likely: its log-density is 0.
+
     Args:
-        links: n steps, each with noise.
+        links: n steps.
         reached: (n, B, *shape) where the steps led.
         expected: (n, B, *shape) where they would have led without noise.
     """
-    scale = torch.tensor([2 * link.noise**2 for link in links], dtype=torch.float64).to(expected)
-    return -(reached - expected).square().flatten(2).sum(2) / scale[:, None]
+    scale = torch.tensor([2 * link.noise**2 for link in links], dtype=torch.float64).to(expected)[:, None]
+    acts = scale > 0
+    found = -(reached - expected).square().flatten(2).sum(2) / torch.where(acts, scale, torch.ones_like(scale))
+    return torch.where(acts, found, torch.zeros_like(found))

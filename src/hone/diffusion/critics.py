@@ -29,9 +29,14 @@ class Critic(nn.Module):
             train_body: whether the copy trains.
 
         Raises:
-            ModelError: the network shows no features.
+            ModelError: there is no network, or it shows no features.
         """
         super().__init__()
+        if not hasattr(denoiser, "hf"):
+            raise ModelError(
+                "objective.teacher: a discriminator needs the features of a network, which the known distribution of "
+                "the data has not; name the run of a denoiser, or leave the discriminator out"
+            )
         if not hasattr(denoiser.hf, "inner"):
             raise ModelError(
                 f"a discriminator needs the features of its network, which {type(denoiser.hf).__name__} does not show; "
@@ -48,12 +53,15 @@ class Critic(nn.Module):
     def features(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> list[Tensor]:
         """Return the features of noisy arrays, channels second: a list of (B, C) or (B, C, ...).
 
+        Numbers that the denoiser was widened for are 0: features are asked for, no jump and no number of steps.
+
         Args:
             x: (B, *shape) at noise level `sigma`.
             sigma: (B,) noise levels.
             labels: (B,) classes, None for none.
         """
-        return features_of(self.body, x, sigma, labels)
+        count = self.body.widened
+        return features_of(self.body, x, sigma, labels, torch.zeros(len(x), count).to(x) if count else None)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the logits (B, n) of all heads at all places: high for real arrays.

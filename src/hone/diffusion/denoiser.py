@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +20,10 @@ from hone.diffusion.levels import Parameterisation, spread
 from hone.diffusion.saved import FILE, WEIGHTS, denoiser_folder
 from hone.errors import HoneError, ModelError
 from hone.files import write_whole
+from hone.precision import wide_dtype
+
+log = logging.getLogger("hone")
+EXTRAS_FILE = "extras.safetensors"  # beside the weights: what an objective has put beside the network
 
 
 class Denoiser(nn.Module):
@@ -62,6 +69,11 @@ class Denoiser(nn.Module):
         return self.parameterisation.sigma_data
 
     @property
+    def wide(self) -> torch.dtype:
+        """The precision of arrays: that of the weights, and at least float32."""
+        return wide_dtype(next(self.parameters()))
+
+    @property
     def sigma_min(self) -> float:
         """The smallest noise level."""
         return self.parameterisation.sigma_min
@@ -75,6 +87,7 @@ class Denoiser(nn.Module):
             labels: (B,) int64 classes, -1 for none; None for none at all.
             extras: (B, k) further numbers that `widen` has made room for.
         """
+        x = x.to(torch.promote_types(x.dtype, self.wide))  # adapters that look at data show it in float32
         sigma = sigma.expand(len(x)) if sigma.dim() == 0 else sigma
         found = self.parameterisation.coefficients(sigma)
         raw = self.hf(spread(found.inside, x) * x, found.noise.to(x.dtype), labels, extras)
@@ -115,8 +128,9 @@ class Denoiser(nn.Module):
         self.widened = max(self.widened, count)
 
     def collate(self, items: Sequence[Item]) -> Batch:
-        """Return items as a batch."""
-        return collate(items)
+        """Return items as a batch, in the model's precision."""
+        found = collate(items)
+        return replace(found, arrays=found.arrays.to(self.wide))
 
     def checkpoint_layers(self, enabled: bool) -> None:
         """Refuse recomputation, which small networks do not need.
@@ -130,11 +144,14 @@ class Denoiser(nn.Module):
     def hidden(self, batch: Batch) -> Tensor:
         """Run the network once at middling noise, for methods that look at the inputs of its layers.
 
+        Numbers that `widen` has made room for are 0.
+
         Args:
             batch: on the model's device.
         """
         sigma = torch.full((len(batch),), self.sigma_data, device=batch.arrays.device)
-        return self(batch.arrays + self.sigma_data * torch.randn_like(batch.arrays), sigma, batch.labels)
+        extras = torch.zeros(len(batch), self.widened).to(batch.arrays) if self.widened else None
+        return self(batch.arrays + self.sigma_data * torch.randn_like(batch.arrays), sigma, batch.labels, extras)
 
     def save(self, folder: Path) -> None:
         """Write the denoiser, its network's specification beside the weights.
@@ -170,17 +187,33 @@ class Denoiser(nn.Module):
             folder: where; it exists.
         """
         if len(self.extras):
-            save_file({k: v.contiguous() for k, v in self.extras.state_dict().items()}, folder / "extras.safetensors")
+            save_file({k: v.contiguous() for k, v in self.extras.state_dict().items()}, folder / EXTRAS_FILE)
 
     def load_extras(self, folder: Path) -> None:
-        """Read what `save_extras` wrote, where a folder has it.
+        """Read what `save_extras` wrote: whatever has the name of a module that the objective puts beside the network.
+
+        What only other objectives know is left out; what was not saved begins anew, and a note says so.
 
         Args:
-            folder: of a saved denoiser.
+            folder: of a run, or its `model` folder.
+
+        Raises:
+            ModelError: a module of that name has other shapes.
         """
-        path = folder / "extras.safetensors"
-        if len(self.extras) and path.is_file():
-            self.extras.load_state_dict(load_file(path))
+        place = denoiser_folder(folder)
+        if place is None or not len(self.extras) or not (place / EXTRAS_FILE).is_file():
+            return
+        path, saved = place / EXTRAS_FILE, dict[str, dict[str, Tensor]]()
+        try:
+            for name, tensor in load_file(path).items():
+                module, _, rest = name.partition(".")
+                saved.setdefault(module, {})[rest] = tensor
+            for name in self.extras.keys() & saved.keys():
+                self.extras[name].load_state_dict(saved[name])
+        except (RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{path} does not fit what the objective puts beside the model: {error}") from error
+        if fresh := ", ".join(sorted(self.extras.keys() - saved.keys())):
+            log.warning("%s holds no %s, which begins anew; it holds %s", path, fresh, ", ".join(sorted(saved)))
 
     @staticmethod
     def load(folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Denoiser:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hone.precision import wide_dtype
+
 DRAWN_AT_ONCE = 1024
 
 
@@ -57,7 +59,7 @@ def draw(model: Any, solver: Any, count: int, labels: Tensor | None = None, seed
     """
     generator = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
-    noise = torch.randn(count, *model.shape, generator=generator).to(parameter)
+    noise = torch.randn(count, *model.shape, generator=generator).to(parameter.device, wide_dtype(parameter))
     classes = None
     if labels is not None and model.classes:
         classes = labels[torch.randint(len(labels), (count,), generator=generator)].to(parameter.device)

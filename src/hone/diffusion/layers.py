@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hone.errors import HoneError
+from hone.errors import HoneError, ModelError
 
 
 class Fourier(nn.Module):
@@ -72,7 +72,13 @@ class Conditioned(nn.Module):
             noise: (B,) as `Coefficients.noise`.
             labels: (B,) int64, -1 for none; None for none at all.
             extras: (B, k) of the k numbers that `widen` was called for.
+
+        Raises:
+            ModelError: there are more or fewer numbers than that.
         """
+        shown = 0 if extras is None else extras.shape[-1]
+        if shown != len(self.embed_extras):
+            raise ModelError(misshown(shown, len(self.embed_extras)))
         found = self.embed_noise(self.features(noise))
         if self.embed_class is not None:
             found = found + self.embed_class(rows_of(labels, noise, self.classes))
@@ -80,6 +86,26 @@ class Conditioned(nn.Module):
             for layer, values in zip(self.embed_extras, extras.unbind(-1), strict=True):
                 found = found + layer(self.features(values))
         return F.silu(found)
+
+
+def misshown(shown: int, wanted: int) -> str:
+    """Return the message for a network that is not shown the numbers that it was trained with.
+
+    Args:
+        shown: numbers beside the noise level.
+        wanted: that it was widened for.
+    """
+    if not wanted:
+        return (
+            f"a network without numbers beside its noise level is shown {shown}: only models that an objective such as "
+            "ctm, soundctm or sfd-v has trained take them; train one, or use an objective and a solver of plain "
+            "denoisers"
+        )
+    return (
+        f"this denoiser was trained with {wanted} more number{'s' * (wanted > 1)} beside the noise level (by ctm, "
+        f"soundctm or sfd-v) and is shown {shown}. It is no teacher, no small denoiser of t-stitch and no start of "
+        "another objective: name the run of a plain denoiser there. To draw from it, name its run, not the model folder"
+    )
 
 
 def rows_of(labels: Tensor | None, noise: Tensor, classes: int) -> Tensor:

@@ -180,7 +180,7 @@ class NitroFusion(Contested):
             real = real + spread(drawn.sigma, real) * self.normal(batch, f"r{turn}")
         losses = torch.zeros_like(drawn.sigma)
         for mine, (fake, right), count in self._critic.logits(drawn, self._chosen, real):
-            losses = losses.index_add(0, mine, critic_loss(right, fake, self.game) / count)
+            losses = losses.index_add(0, mine, (critic_loss(right, fake, self.game) / count).to(losses))
         return Turn("heads", losses.sum())
 
     def real_arrays(self, model: Any, batch: Any, turn: str) -> Tensor:
@@ -206,7 +206,7 @@ class NitroFusion(Contested):
         """
         losses = torch.zeros_like(drawn.sigma)
         for mine, (fake,), count in self._critic.logits(drawn, self._chosen):
-            losses = losses.index_add(0, mine, generator_loss(fake, self.game) / count)
+            losses = losses.index_add(0, mine, (generator_loss(fake, self.game) / count).to(losses))
         return losses, {}
 
     @torch.no_grad()

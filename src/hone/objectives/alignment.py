@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hone.diffusion.critics import features_of
-from hone.diffusion.encoders import Encoder, frozen_encoder
+from hone.diffusion.encoders import DIGIT_WIDTH, Encoder, frozen_encoder
 from hone.diffusion.levels import spread
 from hone.errors import ModelError
 from hone.objectives.consistency import Count
@@ -86,7 +86,7 @@ class RepresentationAlignment(Denoise):
         encoder: classifier: trained on the data's labels when the run starts; digits: the network that ships; patches:
             each place's own numbers in the clean array and those around it, which needs no training.
         encoder_steps: that the classifier is trained for.
-        width: channels of the classifier.
+        width: channels of the classifier; the other encoders have their own.
         projector: width of the projector.
     """
 
@@ -107,7 +107,7 @@ class RepresentationAlignment(Denoise):
             model: the denoiser.
 
         Raises:
-            ModelError: the network shows no states, or has fewer than `depth`.
+            ModelError: the network shows no states, none of places, or fewer than `depth`.
         """
         if not hasattr(model.hf, "inner"):
             raise ModelError(
@@ -124,7 +124,13 @@ class RepresentationAlignment(Denoise):
         self._layer = depth - 1
         inputs, *grid = states[self._layer].shape[1:]
         self._grid = tuple(grid)
-        outputs = self.features(example).shape[-1] if self.encoder == "patches" else self.width
+        if len(grid) != len(model.shape) - 1:
+            raise ModelError(
+                f"model.network: alignment goes place by place, but the states of {type(model.hf).__name__} for arrays "
+                f"{model.shape} have no places; use dit or unet"
+            )
+        width = DIGIT_WIDTH if self.encoder == "digits" else self.width
+        outputs = self.features(example).shape[-1] if self.encoder == "patches" else width
         sizes = (inputs, self.projector, self.projector, outputs)
         layers = [nn.Linear(one, two) for one, two in itertools.pairwise(sizes)]
         made = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])

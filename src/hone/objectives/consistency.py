@@ -367,6 +367,8 @@ class EasyConsistencyTuning(Consistency):
 
     r = max(0, t (1 - (1 + k sigmoid(-b t)) / q^(stage + 1))),  weight d = |f(x_t, t) - sg f(x_r, r)| / (t - r)
 
+    There is no grid of levels, so that rho does nothing.
+
     Args:
         q: how much smaller the gap is after each stage.
         k: how much larger it is at small noise.
@@ -462,7 +464,7 @@ class Distillation(Follows, Consistency):
     papers=[("Consistency Models", "arXiv:2303.01469")],
     claim="A consistency model that is distilled from a diffusion model draws better samples in one and two steps than "
     "progressive distillation.",
-    deviations="Squared distance instead of LPIPS.",
+    deviations="Squared distance instead of LPIPS. With drop_labels the teacher's step still sees the class.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ConsistencyDistillation(Distillation):

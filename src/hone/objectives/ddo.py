@@ -18,6 +18,7 @@ from hone.objectives.arrays import ArrayObjective, Levels, Positive
 from hone.objectives.consistency import Count
 from hone.options import Nested
 from hone.parts import part
+from hone.precision import wide_dtype
 from hone.solvers.ode import Heun
 
 
@@ -101,13 +102,15 @@ class DDO(ArrayObjective):
         """
         assert self._labels is not None
         solver: Any = self.solver or Heun(steps=18)
-        solver.prepare(self._reference, run.recipe.build("data"))
         seed = 1_000_003 * (run.recipe.seed + 1) + self._round  # rounds draw different arrays
         generator, parameter = torch.Generator().manual_seed(seed), next(self._reference.parameters())
-        noise = torch.randn(self.drawn, *self._reference.shape, generator=generator).to(parameter)
+        noise = torch.randn(self.drawn, *self._reference.shape, generator=generator)
+        noise = noise.to(parameter.device, wide_dtype(parameter))
         labels = self._labels[torch.arange(self.drawn) % len(self._labels)].to(parameter.device)
         told = labels if self._reference.classes else None
-        self._pool = solve(self._reference, solver, noise, told, generator)[0], labels
+        with run.cluster.autocast():
+            solver.prepare(self._reference, run.recipe.build("data"))
+            self._pool = solve(self._reference, solver, noise, told, generator)[0], labels
 
     def before_step(self, run: Any, trees: Sequence[Any]) -> None:
         """Begin a new round when it is time.
@@ -181,4 +184,5 @@ class DDO(ArrayObjective):
         if self._reference is not None and "round" in state:
             self._round = state["round"]
             self._reference.load_state_dict(state["reference"])
-            self._pool = state["arrays"], state["labels"]
+            device = next(self._reference.parameters()).device  # checkpoints are read into the CPU's memory
+            self._pool = state["arrays"].to(device), state["labels"].to(device)

@@ -57,6 +57,7 @@ class RobustConsistencyTraining(ImprovedConsistencyTraining):
 
     Args:
         end: most intervals.
+        huber: unused: the distance is Cauchy's.
         scale: c with one interval, over the root of the size of an array.
         transport: whether the noise of a step is matched to its arrays, nearest first, by optimal transport.
         denoising: strength of the denoising loss.

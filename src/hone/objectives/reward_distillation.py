@@ -74,7 +74,8 @@ def preference_divergence(expert: Tensor, proxy: Tensor) -> Tensor:
     "preferred to the teacher's of many, and a proxy that learns the reward's preferences keeps it from being "
     "over-optimised.",
     deviations="Arrays stand for latents, and there is no decoder between them and the reward; the proxy starts from "
-    "fresh weights where the authors' starts from a pretrained CLIP.",
+    "fresh weights where the authors' starts from a pretrained CLIP. With drop_labels the teacher's step still sees "
+    "the class.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class RewardGuidedDistillation(Rewarded, Distillation):

@@ -282,6 +282,7 @@ class RLCM(PolicyGradient):
     Args:
         steps: evaluations of the network in a chain.
         eta: unused: the noise is the chain's own.
+        schedule: unused: the levels are those of the solver `multistep`.
     """
 
     steps: Steps = 2

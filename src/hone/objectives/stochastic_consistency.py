@@ -24,7 +24,7 @@ from hone.parts import part
     "samples than distilling its deterministic ones.",
     deviations="DDIM's stochastic step instead of SDE-DPM-Solver; heads on the teacher's features judge arrays instead "
     "of a discriminator with LoRA; the authors' code is not released, so that the pseudo-Huber distance and its "
-    "constant are iCT's.",
+    "constant are iCT's. With drop_labels the teacher's steps still see the class.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class StochasticDistillation(Judged, Distillation):

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Generator, Tensor
 
+from hone.errors import ModelError
 from hone.parts import part
 from hone.solvers.base import Counted, noise_like
 from hone.solvers.few import Multistep
@@ -44,7 +45,17 @@ class Gamma(Multistep):
             x: (B, *shape) at the first of them.
             sigmas: (n,) descending.
             generator: draws noise where gamma is not 0.
+
+        Raises:
+            ModelError: it takes none.
         """
+        from hone.objectives.trajectory import Jumps
+
+        if not isinstance(denoise.model, Jumps):
+            raise ModelError(
+                "solvers: gamma follows the jumps of a trajectory model, which the objectives ctm and soundctm train; "
+                "draw from this one by multistep, ddim or heun"
+            )
         for now, then in itertools.pairwise(sigmas):
             x = self._jump(denoise, x, now, (1 - self.gamma**2) ** 0.5 * then)
             if self.gamma and float(then) > 0:
