@@ -64,7 +64,8 @@ class Recipe:
         eval_samples: held-out samples that are answered by generation at each evaluation, or arrays that are drawn; 0
             for none.
         max_new_tokens: longest generated answer in tokens.
-        checkpoint_every: steps between checkpoints; None saves at the end and on interruption only.
+        checkpoint_every: steps between checkpoints; None saves every ten minutes. The end and an interruption are
+            saved in any case.
         keep: how many recent checkpoints stay on disk; the best one stays as well.
         final: whether the run's `model/` is the last or the best evaluated state.
         precision: arithmetic; "auto" is bf16 autocast where the GPU has it, float32 elsewhere.

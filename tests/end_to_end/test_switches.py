@@ -12,7 +12,10 @@ import torch
 
 from end_to_end.support import back_to, files, hone, rows, train, weights
 from hone import resume
+from hone.engine import stage
 from hone.engine.checkpoint import read_state
+from hone.errors import DataError
+from hone.text.starts import Pretrained
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:
@@ -54,6 +57,27 @@ def test_final_best_keeps_the_best_evaluated_weights(
     assert evaluations[-1] == {"step": 40, **figures}
     assert result["after"]["loss"] == evaluations[-1]["loss"]
     assert equal(weights(out / "model"), trained(checkpoint(out, best["step"])))
+
+
+def test_wrong_columns_are_found_before_a_model_is_loaded(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"eins": "x", "zwei": "y"}\n')
+    monkeypatch.setattr(Pretrained, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    with pytest.raises(DataError, match=r"odd.jsonl.*(eins|columns)"):
+        train(tiny_model, odd, tmp_path / "run")
+
+
+def test_a_run_that_names_no_steps_is_saved_by_the_clock(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"adapter": "full", "eval_samples": 0, "eval_every": None, "steps": 3, "keep": 9}
+    train(tiny_model, qa_file, tmp_path / "rare", **options)
+    monkeypatch.setattr(stage, "SAVE_AFTER", 0.0)
+    train(tiny_model, qa_file, tmp_path / "often", **options)
+    saved = {name: len(list((tmp_path / name / "checkpoints").glob("step-*"))) for name in ("rare", "often")}
+    assert saved == {"rare": 1, "often": 3}
 
 
 def test_final_best_looks_at_the_last_weights_too(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from hone.adapters.base import CONFIG_FILE
 from hone.adapters.calibration import Calibration
 from hone.data.open import Opened, open_data
-from hone.data.source import Source, Split
+from hone.data.source import RowSource, Source, Split
 from hone.engine import evaluate, sharding
 from hone.engine.checkpoint import staged
 from hone.engine.devices import Cluster, seed_all
@@ -123,6 +123,9 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     seed_all(recipe.seed, 0)
     source = recipe.build("data")
     eval_source, eval_split = evaluation_data(recipe, source)
+    for one in (source, eval_source):
+        if isinstance(one, RowSource):  # a wrong column is found before a model is loaded
+            one.layout()
     start, objective = recipe.build("model"), recipe.build("objective")
     adapter = recipe.build("adapter")
     # A base in few bits need not fit the device as it was: it is quantised where it was read, and moved then.
@@ -155,10 +158,8 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
         adapter.attach(model.hf, look(data, recipe, model, objective, text))
     setup_seconds = time.perf_counter() - began
     model.to(device=cluster.device)
-    if cluster.precision == "bf16" and not adapter.saves_base:  # autocast would cast them anew in every forward pass
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point():
-                parameter.data = parameter.data.to(torch.bfloat16)
+    if cluster.precision == "bf16" and not adapter.saves_base and model.medium == "text":
+        _narrow(model)
     cluster.align(model)
     if cluster.sharded:
         sharding.shard(model, cluster)
@@ -170,6 +171,17 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     base = str(local.resolve()) if base and local.is_dir() else base  # a saved adapter is loaded from any folder
     metrics, sampler, solvers, distances = (recipe.build(n) for n in ("metrics", "sampler", "solvers", "distances"))
     return Bench(run, adapter, data, eval_data, general_data, metrics, sampler, solvers, distances, base, setup_seconds)
+
+
+def _narrow(model: LanguageModel) -> None:
+    """Hold a language model's frozen weights in bf16: autocast would cast them anew in every forward pass.
+
+    Not a denoiser's, into which the adapter is merged in the end: in bf16, 77% of the weights would not take a change
+    of 1e-3 of their deviation.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Source) -> None:

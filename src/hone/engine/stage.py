@@ -18,6 +18,9 @@ from hone.engine.tracking import Trackers
 from hone.errors import HoneError, NumericError
 from hone.files import write_whole
 
+SAVE_AFTER = 600.0  # seconds between checkpoints of a run that names no number of steps: what a kill may cost
+UNTOUCHED = " The weights were not touched and the last good state is saved."  # of the guard, which knows of one player
+
 
 @contextlib.contextmanager
 def stopping_on_signals(run: Run) -> Iterator[None]:
@@ -62,6 +65,7 @@ class Stage:
         self.trackers = Trackers(self.run.recipe.trackers, folder.path, self.run.cluster.main)
         self.seconds = 0.0
         self.saved = -1
+        self.saved_at = time.monotonic()
 
     def train(self) -> dict[str, Any]:
         """Train to the end, or to a stop; return the result."""
@@ -122,8 +126,10 @@ class Stage:
             return
         try:
             row = self.trainer.train_step(trees)
-        except NumericError:
-            run.loader.rewind()  # to the state before the step: the optimizer has not moved
+        except NumericError as error:
+            if self.trainer.moved:
+                raise self._half_done(error) from error
+            run.loader.rewind()  # to the state before the step: no optimizer has moved
             self._checkpoint()
             raise
         row = {**row, **run.loader.figures(), "seconds": round(row["seconds"] + waited, 4)}
@@ -139,8 +145,21 @@ class Stage:
         choosing = recipe.final == "best" or any(callback.chooses for callback in run.callbacks)
         if recipe.eval_every and (choosing if last else run.step % recipe.eval_every == 0):
             self._evaluate()
-        if recipe.checkpoint_every and run.step % recipe.checkpoint_every == 0:
+        if self._due():
             self._checkpoint()
+
+    def _due(self) -> bool:
+        """Return whether the state is to be saved now; the main process's clock counts."""
+        every = self.run.recipe.checkpoint_every
+        if every is not None:
+            return self.run.step % every == 0
+        return self.run.cluster.from_main(time.monotonic() - self.saved_at > SAVE_AFTER)
+
+    def _half_done(self, error: NumericError) -> NumericError:
+        """Return what to say of a step that broke off when some weights had taken it: no state is before or after."""
+        said = str(error).replace(UNTOUCHED, "").rstrip(".")
+        where = f"from step {self.saved}, the last one saved" if self.saved >= 0 else "from the start, as none is saved"
+        return NumericError(f"{said}. Some weights had taken this step, which is lost: hone resume begins {where}")
 
     def _evaluate(self) -> None:
         run = self.run
@@ -185,7 +204,7 @@ class Stage:
         run = self.run
         if self.saved == run.step:
             return
-        self.saved = run.step
+        self.saved, self.saved_at = run.step, time.monotonic()
         state = run.state(keep=run.cluster.main)
         run.cluster.on_main(lambda: self.checkpoints.save(run.step, state, run.best[1] if run.best else None))
 
