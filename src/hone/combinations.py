@@ -8,6 +8,9 @@ from hone import options as opt
 from hone.errors import Problem, nearest
 
 MEDIA = {"text": "text", "arrays": "arrays (points, images, series)"}
+MIXING = ("average", "posthoc_ema", "lcsc")  # callbacks that end a run with a mix of its weights after several steps
+# Adapters whose entries change their meaning during a run, by the option that decides it, with its value if not.
+EXCHANGING: dict[str, tuple[str, str | None]] = {"spiel": ("regrow", "none"), "sara": ("reselect", None)}
 
 
 def combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Problem]:
@@ -74,9 +77,26 @@ def _conflicts(raw: dict[str, Any]) -> list[tuple[int, str]]:
     callbacks = raw.get("callbacks")
     found = []
     for index, spec in enumerate(callbacks if isinstance(callbacks, list) else []):
-        if not opt.check_part("callback", spec, "", opt.Places()):
-            found += [(index, text) for text in opt.build_part("callback", spec).conflicts(raw)]
+        if opt.check_part("callback", spec, "", opt.Places()):
+            continue
+        found += [(index, text) for text in opt.build_part("callback", spec).conflicts(raw)]
+        name, _ = opt.split_spec("callback", spec)
+        if name in MIXING and (exchange := _exchange(raw)):
+            found.append((index, f"'{name}' would mix {exchange}"))
     return found
+
+
+def _exchange(raw: dict[str, Any]) -> str:
+    """Return what a mix of the weights of several steps would be one of, "" where the adapter bears it or is wrong."""
+    spec = raw.get("adapter", "full")
+    if opt.check_part("adapter", spec, "", opt.Places()):
+        return ""
+    name, _ = opt.split_spec("adapter", spec)
+    option, still = EXCHANGING.get(name, ("", None))
+    if not option or getattr(opt.build_part("adapter", spec), option) == still:
+        return ""
+    setting = f"adapter.{option}: {'null' if still is None else still}"
+    return f"values of different entries, which adapter '{name}' exchanges during a run: take it away, or set {setting}"
 
 
 def _lacks_base(raw: dict[str, Any]) -> bool:

@@ -62,7 +62,7 @@ def new_run(**recipe: Any) -> Any:
     return SimpleNamespace(
         recipe=SimpleNamespace(**{**fields, **recipe}), cluster=Cluster("cpu", "float32", "none"), model=model,
         objective=Size(), loader=Loader(trees, batch_tokens=4, seed=0), players={"model": player}, trainable=weights,
-        adapter=None, folder=None, step=0, total=TOTAL, stop="",
+        adapter=None, folder=None, step=0, total=TOTAL, stop="", interrupted=False,
     )  # fmt: skip
 
 
@@ -166,6 +166,17 @@ def test_early_stop_counts_evaluations_without_an_improvement(given: dict[str, A
     finish(run, [callback])
     assert run.step == ends_at
     assert run.stop.startswith("early stop") == (ends_at < TOTAL)
+
+
+@pytest.mark.parametrize("cut", [6, 8])
+def test_early_stop_counts_the_evaluation_in_which_a_signal_arrives(cut: int) -> None:
+    run, callback = new_run(), build("early_stop", patience=2)
+    evaluate(run, [callback])
+    train(run, [callback], cut - 1)
+    run.step, run.stop, run.interrupted = cut, "interrupted by SIGTERM", True
+    evaluate(run, [callback])
+    assert callback.waited == (cut - 4) // 2  # a resumed run does not evaluate this step again
+    assert run.stop.startswith("early stop" if cut == 8 else "interrupted")
 
 
 def test_early_stop_names_the_nearest_figure_and_what_the_recipe_lacks() -> None:

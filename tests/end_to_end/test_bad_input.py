@@ -19,6 +19,7 @@ from end_to_end.support import Outcome, back_to, fields, files, hone, rows, writ
 from hone.adapters import host
 from hone.engine import checkpoint
 from hone.engine.folder import RunFolder
+from hone.objectives.base import Turn
 from hone.objectives.language import SFT
 
 Run = Callable[..., Outcome]
@@ -267,6 +268,46 @@ def test_a_run_does_not_go_on_with_other_data(run: Run, qa_file: Path, tmp_path:
     assert_refused(hone("resume", tmp_path / "run"), "the train data has changed since this run began")
     shutil.copy(qa_file, data)
     assert hone("resume", tmp_path / "run").status == 0
+
+
+def test_a_run_without_a_checkpoint_does_not_start_again_with_other_data(
+    run: Run, qa_file: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "train.jsonl", tmp_path / "run"
+    shutil.copy(qa_file, data)
+    assert run(data=str(data)).status == 0
+    for path in (out / "model", out / "checkpoints"):
+        shutil.rmtree(path)
+    (out / "result.json").unlink()
+    data.write_text(data.read_text() + json.dumps({"question": QUESTION, "answer": ANSWER}) + "\n")
+    before = files(out)
+    assert_refused(hone("resume", out), "the train data has changed since this run began")
+    assert files(out) == before
+
+
+@pytest.mark.parametrize(("every", "begins"), [(2, "from step 4, the last one saved"), (None, "from the start")])
+def test_a_fault_of_a_later_player_leaves_no_checkpoint_of_half_a_step(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, begins: str
+) -> None:
+    assert run(checkpoint_every=every).status == 0
+    whole = shutil.move(tmp_path / "run", tmp_path / "whole")
+    calls = []
+
+    def faulty(self: SFT, model: Any, batch: Any) -> Iterator[Turn]:
+        yield Turn("model", *self.loss(model, batch))
+        calls.append(batch)
+        if len(calls) == 6:
+            yield Turn("model", self.loss(model, batch)[0] * float("nan"), {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFT, "turns", faulty)
+        stopped = run(checkpoint_every=every)
+    assert_refused(stopped, "hone: step 6: the loss is nan", "Some weights had taken this step", f"begins {begins}")
+    assert "not touched" not in stopped.err and "last good state" not in stopped.err
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoints/*"))
+    assert kept == ([] if every is None else ["step-00000002", "step-00000004"])
+    assert hone("resume", tmp_path / "run").status == 0
+    assert files(tmp_path / "run" / "model") == files(Path(whole) / "model")
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def variants(model: Path, tied: Path, data: Path) -> dict[str, dict[str, Any]]:
     return {
         "untied-full": settings(model, data),
         "untied-lora": settings(model, data, adapter=lora),
+        "penalised": settings(model, data, adapter={"name": "adalora", "rank": 3, "start_rank": 3}),
         "tied-full": settings(tied, data),
         "tied-lora": settings(tied, data, adapter=lora),
         # A sample a step: one of the two processes has nothing to do.
@@ -85,7 +86,7 @@ def variants(model: Path, tied: Path, data: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-VARIANTS = ["untied-full", "untied-lora", "tied-full", "tied-lora", "few", "single", "best", "stages"]
+VARIANTS = ["untied-full", "untied-lora", "penalised", "tied-full", "tied-lora", "few", "single", "best", "stages"]
 RESUMED = ["untied-full", "tied-lora"]
 
 
@@ -248,6 +249,22 @@ def test_a_signal_to_one_process_stops_both_and_one_goes_on(top: Path, tiny_mode
     resumed = hone("resume", out)
     assert resumed.status == 0 and f"going on from step {result['steps']} of 80" in resumed.err
     assert_equal(out, top / "whole", ELASTIC)
+
+
+def test_frozen_factors_that_are_buffers_are_those_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(2, 3)
+    module.register_buffer("factor", torch.ones(3, 2).T)  # not contiguous, as slices of a decomposition are not
+    module.register_buffer("entries", torch.ones(3, dtype=torch.int64))
+    module.register_buffer("own", torch.ones(3), persistent=False)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: tensor.view(-1).fill_(7 + source))
+    cluster = Cluster("cpu")
+    cluster.align(module)
+    assert not (module.factor == 7).any()
+    cluster.world = 2  # as far as it knows
+    cluster.align(module)
+    for tensor in (module.weight, module.bias, module.factor, module.entries):
+        assert (tensor == 7).all()
+    assert (module.own == 1).all()
 
 
 def test_a_gradient_that_no_process_has_stays_absent() -> None:

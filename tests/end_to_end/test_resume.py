@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from end_to_end.support import fields, files, hone, repeatable, rows, train, write_recipe
+from hone.engine.folder import RunFolder
+from hone.errors import HoneError
 
 STEPS = 120
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
@@ -145,7 +147,71 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     out = tmp_path / "run"
     write_recipe(tmp_path / "mine.yaml", fields(tiny_model, qa_file, out, **changes(qa_file)))
     assert hone("run", tmp_path / "mine.yaml").status == 0
-    for path in ("model", "checkpoints", "result.json"):
-        os.rename(out / path, tmp_path / path)
-    assert hone("resume", out).status == 0
-    assert_same(out, uninterrupted)
+    for number in (1, 2):  # killed again, it keeps the logs of both
+        old = files(out)
+        for path in ("model", "checkpoints", "result.json"):
+            os.rename(out / path, tmp_path / f"{path}-{number}")
+        resumed = hone("resume", out)
+        aside = {log: log.replace(".", f"-{number}.") for log in LOGS}
+        assert resumed.status == 0 and "has no checkpoint yet, so it starts again from step 0" in resumed.err
+        assert f"its logs so far are kept as {', '.join(aside.values())}" in resumed.err
+        assert all((out / new).read_bytes() == old[log] for log, new in aside.items())
+        assert_same(out, uninterrupted)
+
+
+def test_a_run_is_not_resumed_beside_itself(terminated: Path, tmp_path: Path) -> None:
+    out = copy(terminated, tmp_path / "run")
+    running = RunFolder(out)
+    running.hold()
+    before = files(out)
+    refused = hone("resume", out)
+    assert refused.status == 2 and f"process {os.getpid()} on " in refused.err and "trains in the run" in refused.err
+    assert files(out) == before
+    running.release()
+    assert (out / "lock").read_bytes() == b""
+
+
+def test_a_stage_is_not_resumed_beside_its_run(terminated: Path, tmp_path: Path) -> None:
+    run = copy(terminated, tmp_path / "run")
+    copy(terminated, run / "stage-2")
+    running = RunFolder(run)
+    running.hold()
+    refused = hone("resume", run / "stage-2")
+    running.release()
+    assert refused.status == 2 and f"trains in the run folder '{run}'" in refused.err
+
+
+def test_two_runs_that_want_one_folder(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    first = RunFolder.create(str(out), "mine")  # which has made nothing but its lock yet
+    with pytest.raises(HoneError, match=f"process {os.getpid()} on .* trains in the run folder"):
+        train(tiny_model, qa_file, out)
+    assert out.is_dir()
+    first.release()
+    train(tiny_model, qa_file, out, steps=1)  # the first was killed at its start
+
+
+def test_a_killed_run_is_not_held_by_the_workers_that_it_has_forked(terminated: Path, tmp_path: Path) -> None:
+    out = copy(terminated, tmp_path / "run")
+    script = """
+import os, sys, time
+from pathlib import Path
+from hone.engine.folder import RunFolder
+RunFolder(Path(sys.argv[1])).hold()
+child = os.fork()
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        with pytest.raises(HoneError, match=f"process {process.pid} on"):
+            RunFolder(out).hold()
+        process.kill()
+        process.wait()
+        again = RunFolder(out)
+        again.hold()
+        again.release()
+        os.kill(worker, signal.SIGKILL)  # it was there all the time

@@ -23,7 +23,7 @@ STEPS = 30
 EVERY_ROW = {"step", "loss", "tokens", "seconds", "lr", "grad_norm", "memory"}
 LEFT = {
     "recipe.yaml", "manifest.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "model", "checkpoints",
-    "report.html", "result.json",
+    "report.html", "result.json", "lock",
 }  # fmt: skip
 ADAPTERS = ["full", "lora"]
 

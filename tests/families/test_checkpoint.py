@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hone.engine import checkpoint
 from hone.engine.checkpoint import Checkpoints, decode, encode, read_state, staged
 from hone.errors import CheckpointError
+from hone.files import beside, write_whole
 
 PLAIN = st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False) | st.text(max_size=8)
 KEYS = st.text(max_size=6) | st.integers(-5, 5)
@@ -125,6 +126,57 @@ def test_a_kill_while_writing_leaves_the_last_good_one(tmp_path: Path) -> None:
         assert torch.equal(state["w"], torch.full((4,), float(step))) and not skipped
         assert (done.returncode, step) in {(9, 1), (9, 2), (0, 2)}
         assert done.returncode == 9 or fatal == 99
+
+
+def test_two_that_write_one_path_do_not_take_each_other_s_temporaries(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with staged(target) as first:
+        (first / "first").write_text("1")
+        with staged(target) as second:
+            (second / "second").write_text("2")
+        assert (target / "second").is_file()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checksums.json", "first", "model"]
+    script = "import sys; from pathlib import Path; from hone.files import write_whole\n"
+    script += "for n in range(300): write_whole(Path(sys.argv[1]), sys.argv[2].encode())"
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "file"), word]) for word in ("a", "b")]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
+
+
+def test_what_dead_processes_have_left_is_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with beside(tmp_path / "model", "staging") as own:
+        mark, _, rest = own.name.removeprefix(".model.").partition("-")
+        of = {pid: f"{mark}-{pid}-{rest.partition('-')[2]}" for pid in (dead.pid, os.getppid(), os.getpid())}
+        gone = [tmp_path / f".model.{of[dead.pid]}", tmp_path / f".file.{of[dead.pid]}".replace("staging", "tmp")]
+        gone += [tmp_path / f".other.{of[os.getpid()]}"]  # of one that had the same number
+        kept = [tmp_path / f".model.{of[os.getppid()]}", tmp_path / f".model.{of[dead.pid].replace(mark, '0' * 8)}"]
+        kept += [tmp_path / ".model.staging", own]
+        for path in (*gone, *kept):
+            path.mkdir()
+        with staged(tmp_path / "model"):
+            pass
+        write_whole(tmp_path / "file", b"whole")
+        assert not any(path.exists() for path in gone) and all(path.exists() for path in kept)
+
+
+def test_a_folder_comes_back_when_its_successor_cannot_be_put_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with staged(tmp_path / "model") as staging:
+        (staging / "first").write_text("1")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if target.name == "model" and "staging" in self.name and not target.exists():
+            raise OSError(errno.EIO, "the disk has a fault")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(CheckpointError, match="the disk has a fault"), staged(tmp_path / "model"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (tmp_path / "model" / "first").is_file()
 
 
 @settings(max_examples=10)

@@ -314,6 +314,17 @@ def test_a_vocabulary_that_cannot_hold_every_byte_is_an_error():
     assert len(train_tokenizer(["a b"], 262)) == 262
 
 
+def test_nobody_is_asked_to_run_the_code_of_a_tokenizer(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *said: asked.append(said) or "y")
+    record = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(record))
+    (tmp_path / "own.py").write_text("raise SystemExit('code of a repository has run')")
+    with pytest.raises(ModelError, match="expected a folder with a tokenizer"):
+        load_tokenizer(str(tmp_path))
+    assert not asked
+
+
 def test_a_missing_tokenizer_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="expected a folder with a tokenizer"):
         load_tokenizer(str(tmp_path))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from end_to_end.support import rows, train
-from hone import parts
+from hone import Recipe, parts
 from hone.adapters import sparse
 from hone.adapters.host import adapted_layers
 from hone.adapters.layers import layout_of
@@ -23,7 +23,7 @@ from hone.adapters.sara import LowRankEntries, SaRA, Settling, threshold_of
 from hone.adapters.sparse import Sparse, SpIEL, draw, share_out
 from hone.engine.devices import Cluster
 from hone.engine.loop import Run
-from hone.errors import HoneError
+from hone.errors import HoneError, RecipeError
 from oracles.masked import IDS, adam, assert_same_weights, llama, train_masked, trained
 
 # The sparse layer
@@ -310,10 +310,16 @@ def test_spiel_says_what_does_not_fit(options: dict[str, Any], message: str) -> 
     assert not adapted_layers(model)
 
 
-def test_averaging_exchanged_entries_is_refused(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
-    for name in ("spiel", "sara"):
-        with pytest.raises(HoneError, match=f"'average' would mix .* adapter '{name}'"):
-            train(tiny_model, qa_file, tmp_path / name, adapter=name, callbacks=["average"])
+@pytest.mark.parametrize(("name", "still"), [("spiel", {"regrow": "none"}), ("sara", {"reselect": None})])
+@pytest.mark.parametrize("callback", ["average", "posthoc_ema", "lcsc"])
+def test_averaging_exchanged_entries_is_refused(name: str, still: dict[str, Any], callback: str) -> None:
+    common: dict[str, Any] = {"data": "chains", "steps": 2, "callbacks": ["early_stop", callback], "eval_every": 1}
+    with pytest.raises(RecipeError, match=rf"callbacks\.1: '{callback}' would mix .* adapter '{name}'"):
+        Recipe.of(**common, adapter=name)
+    assert Recipe.of(**common, adapter={"name": name, **still}).callbacks[1] == callback
+    with pytest.raises(RecipeError, match="expected the name of a callback") as wrong:
+        Recipe.of(**{**common, "callbacks": [callback, {}]}, adapter={"name": name, **still, "rank": 4})
+    assert "would mix" not in str(wrong.value)
 
 
 # SaRA

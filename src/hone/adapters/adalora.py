@@ -446,6 +446,8 @@ def triplet_layers(model: nn.Module) -> dict[str, Triplets]:
 
 def _distance(product: Tensor) -> Tensor:
     """Return the Frobenius norm of a square matrix less the identity."""
+    if isinstance(product, DTensor):  # as small as the rank; of parts of a sum there is no norm
+        product = product.full_tensor()
     return torch.linalg.matrix_norm(product - torch.eye(len(product), dtype=product.dtype, device=product.device))
 
 

@@ -52,7 +52,9 @@ class EarlyStop(Callback):
         Raises:
             HoneError: the evaluation has no such figure.
         """
-        if run.stop or run.step >= run.total:  # the run ends anyway: this evaluation decides nothing
+        # A run that ends anyway: this evaluation decides nothing. One that a signal stops goes on, and never makes this
+        # evaluation again.
+        if (run.stop and not run.interrupted) or run.step >= run.total:
             return
         if self.metric not in row:
             figures = [name for name in row if name != "step"]

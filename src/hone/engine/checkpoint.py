@@ -6,11 +6,12 @@ renamed into place. Reading verifies the sums first. Nothing is pickled or unpic
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hone.errors import CheckpointError, HoneError
-from hone.files import reason, sync
+from hone.files import beside, reason, sync
 
 SUMS = "checksums.json"
 
@@ -86,32 +87,39 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         HoneError: the disk is full or read-only; what was there before is untouched.
     """
-    staging = target.with_name(f".{target.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        sums = {p.relative_to(staging).as_posix(): _sum(p) for p in sorted(staging.rglob("*")) if p.is_file()}
-        (staging / SUMS).write_text(json.dumps(sums, indent=1))
-        for path in [*(p for p in staging.rglob("*")), staging]:
-            sync(path)
-        if target.exists():  # rename cannot replace a full folder: move the old one aside first
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            staging.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staging.rename(target)
-        sync(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with beside(target, "staging") as staging:
+            staging.mkdir()
+            yield staging
+            sums = {p.relative_to(staging).as_posix(): _sum(p) for p in sorted(staging.rglob("*")) if p.is_file()}
+            (staging / SUMS).write_text(json.dumps(sums, indent=1))
+            for path in [*(p for p in staging.rglob("*")), staging]:
+                sync(path)
+            _put(staging, target)
+            sync(target.parent)
     except (OSError, SafetensorError) as error:  # a full disk under safetensors raises its own class
-        shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) or "os error" in str(error):
             raise disk_error(error, target) from error
         raise
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+def _put(staging: Path, target: Path) -> None:
+    """Rename a staged folder to its target; what stands there goes, and comes back when the disk refuses."""
+    try:
+        staging.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        with beside(target, "old") as old:  # rename cannot replace a full folder: move the old one aside first
+            with suppress(FileNotFoundError):  # another process that replaces it has just moved it
+                target.rename(old)
+            try:
+                _put(staging, target)
+            except OSError:
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                raise
 
 
 def disk_error(error: Exception, target: Path) -> HoneError:

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from hone.errors import HoneError
 
@@ -143,11 +143,16 @@ class Cluster:
         """Give every process the first one's weights: factorisations may differ by a sign from machine to machine.
 
         Args:
-            module: the same on every process but for the values of its parameters.
+            module: the same on every process but for the values of its parameters and persistent buffers, which some
+                methods hold frozen factors in.
         """
-        if self.world > 1:
-            for parameter in module.parameters():
-                dist.broadcast(parameter.data, 0)
+        if self.world == 1:
+            return
+        for tensor in (*module.parameters(), *(buffer for _, buffer in persistent_buffers(module))):
+            told = tensor.data.contiguous()
+            dist.broadcast(told, 0)
+            if told.data_ptr() != tensor.data_ptr():
+                tensor.data.copy_(told)
 
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over all processes, in one flat message per dtype.
@@ -192,6 +197,16 @@ class Cluster:
         how = ", each with a share of the weights" if self.sharded else ""
         several = f", {self.world} processes{how}" if self.world > 1 else ""
         return f"{name}{threads}, {self.precision}{several}"
+
+
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the named buffers of a module that are saved with it.
+
+    Args:
+        module: any.
+    """
+    kept = module.state_dict().keys()
+    return [(name, value) for name, value in module.named_buffers() if name in kept]
 
 
 def _pick(device: str) -> str:

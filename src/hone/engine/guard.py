@@ -53,7 +53,6 @@ def _message(what: str, step: int, where: Sequence[str]) -> str:
     names = list(dict.fromkeys(where))
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
-        f"step {step}: {what}. The batch was: {shown or 'unknown'}. The weights were not touched and the last good "
-        "state is saved. Try a smaller optimizer.lr, a longer schedule.warmup or a smaller clip, or look at those "
-        "samples."
+        f"step {step}: {what}. The batch was: {shown or 'unknown'}. Try a smaller optimizer.lr, a longer "
+        "schedule.warmup or a smaller clip, or look at those samples."
     )

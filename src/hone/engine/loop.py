@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hone.callbacks.base import Callback
 from hone.engine import guard, sharding
-from hone.engine.devices import Cluster, seed_all
+from hone.engine.devices import Cluster, persistent_buffers, seed_all
 from hone.errors import HoneError, NumericError
 from hone.text.pack import Packed, Tree, divide, pack
 
@@ -146,7 +146,7 @@ class Run:
                 }
                 for name, player in self.players.items()
             },
-            "buffers": dict(_persistent_buffers(self.model)),
+            "buffers": dict(persistent_buffers(self.model)),
             "loader": self.loader.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
             "objective": self.objective.state_dict(),
@@ -169,7 +169,7 @@ class Run:
             if self.cluster.sharded:
                 saved = sharding.share_like(saved, [p for g in player.optimizer.param_groups for p in g["params"]])
             player.optimizer.load_state_dict(saved)
-        load_tensors(dict(_persistent_buffers(self.model)), state["buffers"], "buffers")
+        load_tensors(dict(persistent_buffers(self.model)), state["buffers"], "buffers")
         self.loader.load_state_dict(state["loader"])
         for callback, own in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(own)
@@ -186,12 +186,7 @@ class Run:
         """
         for name, player in self.players.items():
             load_tensors(dict(player.params), state["players"][name]["weights"], f"player '{name}'")
-        load_tensors(dict(_persistent_buffers(self.model)), state["buffers"], "buffers")
-
-
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Any]]:
-    kept = model.state_dict().keys()
-    return [(name, value) for name, value in model.named_buffers() if name in kept]
+        load_tensors(dict(persistent_buffers(self.model)), state["buffers"], "buffers")
 
 
 def load_tensors(into: dict[str, Any], saved: dict[str, Any], what: str) -> None:
@@ -250,6 +245,7 @@ class Trainer:
         """
         self.run = run
         self.limit = run.recipe.micro_tokens or run.recipe.batch_tokens
+        self.moved = False  # whether a player has taken the latest step, which another one may still break off
 
     def train_step(self, trees: Sequence[Tree]) -> dict[str, Any]:
         """Train on the trees of one step and return its row of metrics.
@@ -259,10 +255,11 @@ class Trainer:
 
         Raises:
             HoneError: nothing in the step is trained on.
-            NumericError: a loss or gradient is not finite; the optimizer has not moved.
+            NumericError: a loss or gradient is not finite; `moved` says whether a player of an earlier turn has moved.
         """
         run, cluster = self.run, self.run.cluster
         began = time.perf_counter()
+        self.moved = False
         run.model.train()
         seed_all(run.recipe.seed, run.step + 1, cluster.rank)
         run.objective.before_step(run, trees)
@@ -319,18 +316,23 @@ class Trainer:
             norm = guard.clip(parameters, run.recipe.clip, run.step + 1, where)
             rate = player.set_rate(run.step, run.total)
             player.optimizer.step()
+            self.moved = True
             player.optimizer.zero_grad(set_to_none=True)
             row.update({prefix + "lr": rate, prefix + "grad_norm": norm})
 
     def _penalise_weights(self) -> dict[str, float]:
-        """Add the gradients of what the weights are penalised for, each process its share of them."""
+        """Add the gradients of what the weights are penalised for, each process its share of them.
+
+        Of shared weights the term is that of the whole ones, and its gradient is nowhere summed over the processes.
+        """
         found: dict[str, float] = {}
+        shares = 1 if self.run.cluster.sharded else self.run.cluster.world
         for penalty in self.run.penalties:
             term = penalty.of_weights(self.run.model)
             if term is not None:
-                (term / self.run.cluster.world).backward()
+                (term / shares).backward()
                 name = f"penalty/{penalty.name}"
-                found[name] = found.get(name, 0.0) + float(term.detach())
+                found[name] = found.get(name, 0.0) + float(sharding.whole(term.detach()))
         return found
 
     def _show_gradients(self, parameters: list[nn.Parameter], where: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from functools import partial
@@ -34,19 +35,21 @@ def run(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         HoneError: data, model or arithmetic went wrong; the message says where and what to do.
     """
     cluster = Cluster(recipe.device, recipe.precision, recipe.sharding)
+    with contextlib.ExitStack() as held:
 
-    def create() -> str:
-        folder = RunFolder.create(recipe.out, recipe.name)
-        folder.write("recipe.yaml", dump(recipe))
-        return str(folder.path)
+        def create() -> str:
+            folder = RunFolder.create(recipe.out, recipe.name)
+            held.callback(folder.release)
+            folder.write("recipe.yaml", dump(recipe))
+            return str(folder.path)
 
-    folder = RunFolder(Path(cluster.from_main(cluster.on_main(create) or "")))
-    try:
-        return _go(recipe, folder, cluster, display or Display(False))
-    except HoneError:
-        if cluster.main and not list(folder.path.rglob("manifest.json")):  # it failed before there was anything to keep
-            shutil.rmtree(folder.path, ignore_errors=True)
-        raise
+        folder = RunFolder(Path(cluster.from_main(cluster.on_main(create) or "")))
+        try:
+            return _go(recipe, folder, cluster, display or Display(False))
+        except HoneError:
+            if cluster.main and not list(folder.path.rglob("manifest.json")):  # there is nothing to keep yet
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
 
 
 def resume(path: str | Path, display: Display | None = None) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def resume(path: str | Path, display: Display | None = None) -> dict[str, Any]:
         display: what to say meanwhile; None says nothing.
 
     Raises:
-        HoneError: there is no such run, or it has no whole checkpoint.
+        HoneError: there is no such run, it has no whole checkpoint, or another process trains in it.
     """
     folder = RunFolder.open(path)
     recipe = Recipe.load(folder.path / "recipe.yaml")
@@ -67,7 +70,11 @@ def resume(path: str | Path, display: Display | None = None) -> dict[str, Any]:
         if cluster.main:
             display.say(f"{folder.path} is finished already")
         return result
-    return _go(recipe, folder, cluster, display)
+    try:
+        cluster.on_main(folder.hold)
+        return _go(recipe, folder, cluster, display)
+    finally:
+        folder.release()
 
 
 def _go(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -> dict[str, Any]:
@@ -135,8 +142,8 @@ def _stage(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display
     record = manifest(recipe, cluster.describe(), data, model)
     stage = Stage(bench, folder, display)
     found = _last_checkpoint(stage)
+    _check_unchanged(folder, record)
     if found is not None:
-        _check_unchanged(folder, record)
         step, state, skipped = found
         for trouble in skipped:
             display.say(f"note: {trouble}; using step {step}", style="yellow")
@@ -146,13 +153,21 @@ def _stage(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display
             folder.rewind(step)
         display.say(f"going on from step {step} of {bench.run.total}")
     elif cluster.main:
-        folder.rewind(-1)
+        if (folder.path / "manifest.json").exists():
+            _start_again(folder, display)
         folder.write("manifest.json", record)
     return stage.train()
 
 
+def _start_again(folder: RunFolder, display: Display) -> None:
+    """Keep the logs of a run that left no checkpoint, and say that it begins anew."""
+    aside = folder.set_aside()
+    kept = f"; its logs so far are kept as {', '.join(aside)}" if aside else ""
+    display.say(f"note: {folder.path} has no checkpoint yet, so it starts again from step 0{kept}", style="yellow")
+
+
 def _check_unchanged(folder: RunFolder, record: dict[str, Any]) -> None:
-    """Refuse to go on with other data or another starting model than a run began with.
+    """Refuse to go on with other data or another starting model than a run began with; a new run began with any.
 
     Raises:
         CheckpointError: names what has changed.

@@ -19,7 +19,6 @@ from hone.errors import HoneError, NumericError
 from hone.files import write_whole
 
 SAVE_AFTER = 600.0  # seconds between checkpoints of a run that names no number of steps: what a kill may cost
-UNTOUCHED = " The weights were not touched and the last good state is saved."  # of the guard, which knows of one player
 
 
 @contextlib.contextmanager
@@ -128,10 +127,10 @@ class Stage:
             row = self.trainer.train_step(trees)
         except NumericError as error:
             if self.trainer.moved:
-                raise self._half_done(error) from error
+                raise NumericError(f"{error} {self._half_done()}") from error
             run.loader.rewind()  # to the state before the step: no optimizer has moved
             self._checkpoint()
-            raise
+            raise NumericError(f"{error} The weights were not touched and the last good state is saved.") from error
         row = {**row, **run.loader.figures(), "seconds": round(row["seconds"] + waited, 4)}
         for callback in run.callbacks:
             callback.on_step(run, row)
@@ -155,11 +154,10 @@ class Stage:
             return self.run.step % every == 0
         return self.run.cluster.from_main(time.monotonic() - self.saved_at > SAVE_AFTER)
 
-    def _half_done(self, error: NumericError) -> NumericError:
+    def _half_done(self) -> str:
         """Return what to say of a step that broke off when some weights had taken it: no state is before or after."""
-        said = str(error).replace(UNTOUCHED, "").rstrip(".")
         where = f"from step {self.saved}, the last one saved" if self.saved >= 0 else "from the start, as none is saved"
-        return NumericError(f"{said}. Some weights had taken this step, which is lost: hone resume begins {where}")
+        return f"Some weights had taken this step, which is lost: hone resume begins {where}."
 
     def _evaluate(self) -> None:
         run = self.run

@@ -87,7 +87,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from hone.text.loading import shipped_base
 
     try:
-        return AutoTokenizer.from_pretrained(shipped_base() if path == "base" else path)
+        # unless told, transformers asks on the terminal whether to run code that came with a tokenizer
+        return AutoTokenizer.from_pretrained(shipped_base() if path == "base" else path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         expected = "a folder with a tokenizer or a Hub name"
         raise ModelError(f"tokenizer: expected {expected}, got '{path}': {error}") from error
