@@ -48,7 +48,7 @@ bench: $(VENV)/.test  ## speed and memory against peers, side by side; what the 
 	$(BIN)/python bench/ct.py --out docs/evidence/bench-ct.json
 	$(BIN)/python bench/quickstart.py --out docs/evidence/quickstart.json
 
-family: $(VENV)/.test  ## compare all adapters on one task, five seeds each; about an hour and a half
+family: $(VENV)/.test  ## compare all adapters on one task, five seeds each; about an hour
 	$(BIN)/python bench/family.py --out docs/evidence/compare-adapters.json
 
 generators: $(VENV)/.test  ## compare generators of few steps under one budget, on points and on digits; about two hours

@@ -25,6 +25,8 @@ from hone.errors import HoneError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait this long while one reads its data or writes a large model
+# Before torch 2.11 a pass with gradients is handed what one without has cast (pytorch issue 158232), and loses its own.
+CASTS_KEPT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
 class Cluster:
@@ -66,7 +68,7 @@ class Cluster:
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context for forward passes: bf16 autocast, or nothing."""
         if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=CASTS_KEPT)
         return contextlib.nullcontext()
 
     def sum(self, value: float) -> float:

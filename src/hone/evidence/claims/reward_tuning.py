@@ -101,6 +101,9 @@ def prdp_matches(scratch: Path) -> Trial:
 
     Task: the share of points within 0.8 of one Gaussian of the ring, 100 steps of 256 chains of 10 evaluations with
     four moves each; PRDP has four chains for each of 64 points.
+
+    Finding: the reward is lower by 0.044 (0.014 to 0.073), within the margin of 0.1; DDPO reaches 1.0 in every seed.
+    PRDP's points stay nearer to the data (energy 0.89 against 1.09).
     """
     prdp = {"name": "prdp", "beta": 0.1, "reward": WITHIN}
     return Trial(
@@ -115,6 +118,9 @@ def prdp_clips(scratch: Path) -> Trial:
     """At a high learning rate, more of the points stay among the data with proximal updates than without.
 
     Task: as before with a learning rate of 0.001 and a weight of 0.2 of the divergence.
+
+    Finding: without clipping three of five runs end with a gradient that is not finite, with it none does, which is
+    what the paper says; of the two that remain the precision (0.54 and 0.64) is too little to compare.
     """
     fast: dict[str, Any] = {"optimizer": {"name": "adamw", "lr": 1e-3}, "batch_tokens": 64}
     free, kept = ({"name": "prdp", "beta": 0.2, "clip": clip, "reward": WITHIN} for clip in (None, 0.1))
