@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -104,3 +106,14 @@ def logits(model: Any, ids: list[int]) -> Tensor:
     """Return the logits (T, V) of a model of transformers or PEFT."""
     model.eval()
     return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+@contextlib.contextmanager
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Let `caplog` hear the notes of the package, which its own handler would keep from it."""
+    log = logging.getLogger("hone")
+    log.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(caplog.handler)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from end_to_end.support import back_to, fields, files, hone, repeatable, rows
+from end_to_end.support import back_to, fields, files, heard, hone, repeatable, rows
 from hone import Recipe, resume, run
 from hone.data.arrays import Images, Points, Tones
 from hone.diffusion.denoiser import Denoiser
@@ -38,17 +35,6 @@ def recipe(out: Path, /, **changes: Any) -> dict[str, Any]:
 
 def train(out: Path, /, **changes: Any) -> dict[str, Any]:
     return run(Recipe.of(**recipe(out, **changes)))
-
-
-@contextlib.contextmanager
-def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Let `caplog` hear the notes of the package, which its own handler would keep from it."""
-    log = logging.getLogger("hone")
-    log.addHandler(caplog.handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(caplog.handler)
 
 
 def test_a_run_is_evaluated_by_what_it_draws(tmp_path: Path) -> None:

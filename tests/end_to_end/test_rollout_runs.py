@@ -12,13 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from end_to_end.support import back_to, files, hone, repeatable, rows, train, write_recipe
+from end_to_end.support import back_to, files, heard, hone, repeatable, rows, train, write_recipe
 from end_to_end.test_processes import launched
 from hone import resume
 from hone.data.groups import Group, made_of
 from hone.data.phases import Asked, Phases
 from hone.data.rollouts import Rollouts
-from hone.engine.progress import log
 from hone.errors import HoneError
 from hone.objectives.advantages import ADVANTAGE
 from hone.objectives.hybrid import SASR
@@ -88,12 +87,9 @@ def test_prompts_without_room_for_an_answer_are_left_out(
     long = json.dumps({"question": "why " * 3000, "answer": "so"})
     source = tmp_path / "long.jsonl"
     source.write_text(f"{long}\n{qa_file.read_text()}")
-    log.addHandler(caplog.handler)
-    try:
+    with heard(caplog):
         asked = {"of": {"name": "files", "path": str(source)}}
         result = roll(tiny_model, source, tmp_path / "run", steps=2, data=asked)
-    finally:
-        log.removeHandler(caplog.handler)
     assert result["status"] == "finished" and "(data.max_tokens) and are not asked" in caplog.text
 
 

@@ -18,7 +18,7 @@ from hone.diffusion.pictures import picture
 from hone.engine.assemble import evaluation_data
 from hone.engine.checkpoint import Checkpoints
 from hone.engine.devices import Cluster
-from hone.engine.folder import RunFolder
+from hone.engine.folder import RunFolder, stage_folders
 from hone.engine.loop import Player, Run
 from hone.errors import ModelError
 from hone.files import write_whole
@@ -144,7 +144,7 @@ def bring_to_the_end(run: Run, folder: Path, trees: Sequence[Item]) -> None:
         trees: some arrays, as those of the last step.
     """
     recipe, objective = run.recipe, run.objective
-    stages = sorted(folder.parent.glob("stage-*"), key=lambda path: int(path.name.removeprefix("stage-")))
+    stages = stage_folders(folder.parent)
     own = RunFolder(stages[-1] if stages else folder.parent)
     if recipe.steps is None:
         data: Any = recipe.build("data")

@@ -168,6 +168,15 @@ def _numbered(name: str, number: int) -> str:
     return f"{Path(name).stem}-{number}{Path(name).suffix}"
 
 
+def stage_folders(path: Path) -> list[Path]:
+    """Return the folders of a run's stages in their order; none where it has a single one.
+
+    Args:
+        path: the run folder.
+    """
+    return sorted(path.glob("stage-*"), key=lambda folder: (len(folder.name), folder.name))
+
+
 def _is_stage(path: Path) -> bool:
     """Return whether a folder is that of one stage of a run."""
     return bool(re.fullmatch(r"stage-\d+", path.name)) and (path.parent / "recipe.yaml").is_file()

@@ -160,7 +160,8 @@ class Run:
             HoneError: the checkpoint belongs to a run with other trained tensors.
         """
         self.step, self.tokens, self.stop = state["step"], state["tokens"], state["stop"]
-        self.best = None if state["best"] is None else (list(state["best"][0]), state["best"][1])
+        rank, step = state["best"] or (None, 0)  # a number alone in checkpoints of before ranks had two
+        self.best = None if rank is None else (rank if isinstance(rank, list) else [rank], step)
         for name, player in self.players.items():
             load_tensors(dict(player.params), state["players"][name]["weights"], f"player '{name}'")
             if (active := state["players"][name]["active"]) != player.active:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hone.diffusion.saved import denoiser_folder
-from hone.engine.folder import RunFolder
+from hone.engine.folder import RunFolder, stage_folders
 from hone.engine.progress import clock
 
 SHOWN = 3  # answers that are printed
@@ -48,7 +48,7 @@ def _unit(result: dict[str, Any]) -> str:
 
 def _answers(path: Path) -> list[str]:
     """Return a few prompts with the answers before and after, as lines of text."""
-    folders = [path, *sorted(path.glob("stage-*"))]
+    folders = [path, *stage_folders(path)]
     rows = [row for folder in folders for row in RunFolder(folder).rows("samples.jsonl")]
     if not rows:
         return []

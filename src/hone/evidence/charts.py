@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hone.engine.folder import RunFolder
+from hone.engine.folder import RunFolder, stage_folders
 from hone.evidence.layout import SHARE, finite, quantity, scaled, short
 
 AXES = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs"}
@@ -39,8 +39,7 @@ class Logs:
 
 def stages(folder: RunFolder) -> list[RunFolder]:
     """Return the folders that a run logs to: those of its stages, or its own."""
-    paths = sorted(folder.path.glob("stage-*"), key=lambda path: (len(path.name), path.name))
-    return [RunFolder(path) for path in paths] or [folder]
+    return [RunFolder(path) for path in stage_folders(folder.path)] or [folder]
 
 
 def read_logs(folder: RunFolder) -> Logs:
