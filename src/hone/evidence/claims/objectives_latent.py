@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from hone.evidence.claims.base import Check, Side, Trial, claim
@@ -23,6 +25,26 @@ LARGEST: dict[str, Any] = {
 }  # fmt: skip
 # The model writes out steps already, so that training begins with the first of them replaced.
 COCONUT = {"name": "coconut", "first": 1, "stages": 2, "thoughts": 1, "steps_per_stage": 12}
+
+# A fresh model of two layers follows three arrows of eight maps between eight places, which do not commute: each arrow
+# needs the place before it, so that two layers cannot name the last place at once. The last stage begins at step 1,000;
+# steps drawn from all stages keep what the first thoughts mean (without them it stayed at chance with twelve maps).
+PLACES, MAPS = "abcdefgh", "jklmnopq"
+FOLLOWING: dict[str, Any] = {
+    "name": "following",
+    "model": {
+        "name": "fresh", "tokenizer": "base",
+        "config": {
+            "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "intermediate_size": 160, "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+        },
+    },
+    "adapter": "full", "optimizer": {"name": "adamw", "lr": 2e-3},
+    "objective": {"name": "coconut", "stages": 2, "thoughts": 1, "steps_per_stage": 500, "uniform": 0.3},
+    "schedule": {"name": "constant", "warmup": 0.05}, "steps": 2000, "batch_tokens": 2048, "eval_samples": 200,
+    "max_new_tokens": 20,
+}  # fmt: skip
 
 # Sorting, which the shipped model learns, from few steps so that it still errs.
 SORTING: dict[str, Any] = {
@@ -48,18 +70,36 @@ def _lengths(run: Path) -> dict[str, float]:
     return {"answer_length": sum(len(row["answer"]) for row in last) / len(last)}
 
 
+def _ways(path: Path, *, steps: bool) -> dict[str, Any]:
+    """Write every way of three arrows from a place, with the places between or without, and return it as data."""
+    rng = Random(0)
+    maps = {name: rng.sample(PLACES, len(PLACES)) for name in MAPS}
+    ways = list(itertools.product(PLACES, MAPS, MAPS, MAPS))
+    rng.shuffle(ways)
+    rows = []
+    for start, *arrows in ways:
+        places = [start]
+        for arrow in arrows:
+            places.append(maps[arrow][PLACES.index(places[-1])])
+        between = "".join(f" {place}\n" for place in places[1:-1]) if steps else ""
+        rows.append({"prompt": f"{start} : {' '.join(arrows)}\n", "completion": f"{between}answer: {places[-1]}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"name": "files", "path": str(path), "holdout": 200}
+
+
 @claim("objective", "coconut", "no-steps")
 def coconut_no_steps(scratch: Path) -> Trial:
     """Continuous thoughts give more right answers than training on the answers without any steps.
 
-    Task: the shipped model, which finds the largest of some numbers by comparing them one after another, learns in 80
-    steps to name it at once; the baseline is shown answers alone, the method two thoughts before them.
+    Task: a fresh model of two layers learns in 2,000 steps where three arrows lead, each by one of eight maps between
+    eight places; the baseline is shown answers alone, the method two thoughts before them. Of all 4,096 ways, 200 are
+    held out; an eighth is right by chance.
     """
-    without = {"data": {**LARGEST["data"], "steps": False}}
+    alone = {"data": _ways(scratch / "alone.jsonl", steps=False), "objective": "sft"}
     return Trial(
-        recipe=LARGEST, baseline=Side(label="answers alone", settings=without), metric="accuracy",
-        method=Side(label="Coconut", settings={"objective": COCONUT}), seeds=3, paper=_COCONUT,
-        checks=(Check(metric="accuracy", direction="higher"),),
+        recipe={**FOLLOWING, "data": _ways(scratch / "steps.jsonl", steps=True)}, metric="accuracy",
+        baseline=Side(label="answers alone", settings=alone), method=Side(label="Coconut", settings={}),
+        seeds=3, paper=_COCONUT, checks=(Check(metric="accuracy", direction="higher"),),
     )  # fmt: skip
 
 
@@ -67,7 +107,8 @@ def coconut_no_steps(scratch: Path) -> Trial:
 def coconut_fewer_tokens(scratch: Path) -> Trial:
     """An answer behind continuous thoughts takes less than half the text of one with its steps written out.
 
-    Task: as for no-steps; the baseline writes out its steps. Length is in characters; the two thoughts cost two passes.
+    Task: the shipped model finds the largest of some numbers by comparing them one after another, in 80 steps; the
+    baseline writes out its steps. Length is in characters; the two thoughts cost two passes.
     """
     return Trial(
         recipe=LARGEST, baseline=Side(label="steps written out", settings={"objective": "sft"}), metric="accuracy",
@@ -81,16 +122,11 @@ def coconut_thoughts_matter(scratch: Path) -> Trial:
     """What a model says depends on its continuous thoughts: with zeros in their place fewer answers are right.
 
     Task: as for no-steps; both sides train alike, and the baseline answers behind zeros.
-
-    Finding: 0.89 with thoughts and 0.89 with zeros in their place: the trained model names the largest number
-    without using its thoughts. With zeros from the start a first trial reached as much, so the task needs no steps
-    that thoughts could stand for; on a task that does (`evaluate`), thoughts learned nothing in these steps. That
-    they are used is not shown at this scale.
     """
     return Trial(
-        recipe=LARGEST, baseline=Side(label="zeros", settings={"objective": {**COCONUT, "ablate": "zero"}}),
-        method=Side(label="thoughts", settings={"objective": COCONUT}), metric="accuracy", seeds=3, paper=_COCONUT,
-        checks=(Check(metric="accuracy", direction="higher"),),
+        recipe={**FOLLOWING, "data": _ways(scratch / "steps.jsonl", steps=True)}, metric="accuracy",
+        baseline=Side(label="zeros", settings={"objective.ablate": "zero"}), method=Side(label="thoughts", settings={}),
+        seeds=3, paper=_COCONUT, checks=(Check(metric="accuracy", direction="higher"),),
     )  # fmt: skip
 
 
