@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ import pytest
 from end_to_end.support import back_to, files, heard, hone, repeatable, rows, train, write_recipe
 from end_to_end.test_processes import launched
 from hone import resume
-from hone.data.groups import Group, made_of
+from hone.data.groups import Group, made_of, own_answer
 from hone.data.phases import Asked, Phases
 from hone.data.rollouts import Rollouts
+from hone.data.sample import Message, Sample
 from hone.errors import HoneError
 from hone.objectives.advantages import ADVANTAGE
 from hone.objectives.hybrid import SASR
@@ -25,6 +27,7 @@ from hone.objectives.policy import Policy
 from hone.rewards.base import from_function
 from hone.rewards.judge import Appraised
 from hone.text.generate import Generation
+from hone.text.model import LanguageModel
 from hone.text.pack import CHOSEN, SCORE, Tree
 
 FULL = {"name": "adamw", "lr": 3e-3}
@@ -211,6 +214,47 @@ def test_answers_that_ran_out_of_tokens_are_not_chosen(consumes: str, make: str,
     assert made([one], "pairs", "list") == []
 
 
+@pytest.mark.parametrize("shown", [9.0, -9.0])
+def test_real_data_are_mixed_with_what_is_curated_whatever_they_are_worth(shown: float) -> None:
+    (tree,) = made([answered((1.0, True), (2.0, True), shown=shown)], "sequences", "curated")
+    assert tree.parents == (-1, 0, 0) and all(weight.all() for weight in tree.weights[1:])
+
+
+def test_what_the_data_demonstrate_solves_no_prompt() -> None:
+    phases = Phases(Rollouts(of=None, drop="unsolved"), [object()], None, 0)  # type: ignore[list-item, arg-type]
+    assert not phases._keeps(answered((0.0, True), shown=1.0))
+    assert phases._keeps(answered((1.0, True), shown=0.0)) and phases._keeps(answered(shown=1.0))
+
+
+def test_the_own_answer_to_a_conversation_is_its_last_turn(tiny_model: Path) -> None:
+    renderer = LanguageModel.load(str(tiny_model), template="chatml").renderer
+    turns = [Message(role, text) for role, text in (("user", "a"), ("assistant", "I am"), ("user", "b"))]
+    sample = Sample("messages", (*turns, Message("assistant", "an owl")))
+    assert renderer.decode(own_answer(renderer, sample)).strip() == "an owl"
+
+
+def test_answers_of_the_datas_own_that_have_no_room_are_no_hints(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    renderer = LanguageModel.load(str(tiny_model)).renderer
+    samples = [Sample("completion", "why ", ("so it is\n" * times,), where=f"row:{times}") for times in (100, 2)]
+    source = Rollouts(of=None, hints="binomial", hint_from=1.0, hint_to=1.0, max_tokens=64)
+    run: Any = SimpleNamespace(step=0, total=9)
+    with heard(caplog):
+        asked = [Phases(source, samples, renderer, 0)._ask(number, run) for number in (0, 1)]
+    assert [len(one.question) < 64 for one in asked] == [True, True] and asked[0].given == 0 < asked[1].given
+    assert "row:100: the prompt with its own answer has" in caplog.text
+
+
+def test_objectives_that_learn_from_the_datas_own_answers_say_that_there_are_none(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    asks = tmp_path / "asks.jsonl"
+    asks.write_text("".join(json.dumps({"prompt": f"{n} is "}) + "\n" for n in range(20)))
+    with pytest.raises(HoneError, match="none has an answer of its own to learn from"):
+        roll(tiny_model, asks, tmp_path / "run", objective={"name": "sasr", "warmup": 2}, data={"demonstrations": 1})
+
+
 def test_what_nothing_trains_on_is_compared_with_and_in_no_step() -> None:
     run: Any = SimpleNamespace(objective=Policy(advantage="batch"))
     phases = Phases(Rollouts(of=None, unfinished="mask"), [object()], None, 0)  # type: ignore[list-item, arg-type]
@@ -239,7 +283,8 @@ class FakeVLLM:
         self.options, self.loaded, self.seeds = options, [], []
         inner = SimpleNamespace(load_weights=lambda pairs: self.loaded.append({name for name, _ in pairs}))
         runner = SimpleNamespace(model_runner=SimpleNamespace(model=inner))
-        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
+        within = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"  # else its weights are in another process
+        self.llm_engine = SimpleNamespace(**{"model_executor": SimpleNamespace(driver_worker=runner)} if within else {})
         self.made.append(self)
 
     def reset_prefix_cache(self) -> None:

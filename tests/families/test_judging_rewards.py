@@ -178,6 +178,13 @@ def test_group_scaling_gives_z_scores() -> None:
     assert one.steps[0][1] == two.steps[0][1] > 0 == two.steps[1][1]
 
 
+def test_steps_of_a_function_are_counted_behind_a_hint() -> None:
+    from_function("by-lines", lambda _, whole, __: Score(1.0, ((2, 0.25), (4, 0.5), (len(whole), 2.0))))
+    told = Attempt(Sample(kind="prompt", prompt="ask: "), "b\nc\n", before="a\n", stopped=True)
+    (found,) = options.build_part("reward", "by-lines").score([told], SOURCE)
+    assert found == Score(1.25, ((2, 0.5), (4, 2.0))) and found.total == 3.75
+
+
 def test_functions_of_the_users_own() -> None:
     def short(prompt: Any, answer: str, sample: Sample) -> float:
         """Reward short answers."""

@@ -20,6 +20,7 @@ from hone.errors import DataError, HoneError, ModelError
 from hone.rewards import code, sandbox, text
 from hone.rewards.base import Attempt, Reward, Score
 from hone.rewards.code import Code, Efficiency, code_in, same
+from hone.rewards.exact import Exact
 from hone.rewards.models import ModelReward
 from hone.rewards.process import FineGrained, Hackable, Process, TrueEquations, ends_of, refined
 
@@ -62,6 +63,17 @@ def test_regex_searches_matches_and_counts() -> None:
 def test_forms(layout: Any, good: list[str], bad: list[str]) -> None:
     assert scores(text.Form(layout=layout), *good) == [1] * len(good)
     assert scores(text.Form(layout=layout), *bad) == [0] * len(bad)
+
+
+def test_a_form_takes_time_that_grows_with_the_length_alone() -> None:
+    assert scores(text.Form(), "so we add the two\n" * 2000 + "thus seven") == [0]  # it took 14 times longer a line
+
+
+def test_an_empty_answer_that_ends_earns_no_part() -> None:
+    reward = Exact(partial=0.1, wrong=-1.0)
+    sample = Chains(skills=["sum"]).train_sample(0)
+    texts = [Attempt(sample, text, stopped=stopped) for text, stopped in (("c", True), (" \n", True), ("c", False))]
+    assert reward.score(texts, SOURCE) == [0.1, -1.0, -1.0]
 
 
 def test_what_chains_answers_has_the_form_of_worked_lines() -> None:
@@ -133,8 +145,9 @@ def test_the_hackable_reward_is_hacked_by_repetition_and_cured() -> None:
 
 
 def test_true_equations() -> None:
-    good = ["4+5=9", "f(7)=7+6=13", "6+9+0=15 c1 5", "8 - 0 - 0 = 8 b0", "29=4*7+1", "(2+3)*4=20 and 7//2=3", "-3+5=2"]
-    bad = ["4+5=8", "no equation", "answer: 5", "a=b", "1/0=1", "4=4*1+1", "9" * 300 + "=1", "2**9=512"]
+    good = ["4+5=9", "f(7)=7+6=13", "6+9+0=15 c1 5", "8 - 0 - 0 = 8 b0", "29=4*7+1", "(2+3)*4=20 and 7//2=3", "-3+5=2",
+            "10/4=2.5", "2.5+1=3.5", "0.05+0.10=0.15", "007+1=8"]  # fmt: skip
+    bad = ["4+5=8", "no equation", "answer: 5", "a=b", "1/0=1", "4=4*1+1", "9" * 300 + "=1", "2**9=512", "10/4=2.05"]
     assert scores(TrueEquations(), *good) == [1] * len(good)
     assert scores(TrueEquations(), *bad) == [0] * len(bad)
     own = [
@@ -216,6 +229,7 @@ def test_results_are_compared_as_values() -> None:
     wrong = [{"call": "f", "args": [k], "expected": 0.5} for k in range(10)]
     assert scores(Code(), coded(body, tests=wrong)) == [0]
     assert same([1.0, {"a": 2}], [1, {"a": 2.0000001}], 1e-6) and not same([1], [1, 2], 0) and not same("1", 1, 0)
+    assert same(6e-17, 0.0, 1e-6) and not same(0.0, 5e-7, 1e-6)
     assert not same(10**400, 1.0, 0) and not same({"a": 1}, {"b": 1}, 0)
 
 
@@ -305,6 +319,20 @@ def test_a_reward_model_scores_as_it_was_trained_and_as_transformers_does(reward
     assert alone.score(asked(*pairs), SOURCE) == pytest.approx(found, abs=1e-4)
     theirs = ModelReward(path=str(reward_model / "export-hf")).score(asked(*pairs), SOURCE)
     assert theirs == pytest.approx(found, abs=1e-3)
+
+
+def test_rewards_that_are_made_of_more_than_a_head_are_served_whole(reward_model: Path, tiny_model: Path) -> None:
+    folder, pairs = reward_model.parent, reward_model.parent / "pairs.jsonl"
+    row = json.loads(pairs.read_text().splitlines()[0])
+    known = asked((row["prompt"], row["chosen"]), (row["prompt"], "no"))
+    options: dict[str, Any] = {"steps": 2, "batch_tokens": 384, "adapter": "full"}
+    train(tiny_model, pairs, folder / "fused", objective={"name": "reward-fusion", "alike": 0.0}, **options)
+    fused, plain = (ModelReward(path=str(folder / "fused" / end)).score(known, SOURCE) for end in ("", "model"))
+    assert abs(fused[0] - fused[1]) < abs(plain[0] - plain[1])  # both are averaged with the same known answers
+    train(tiny_model, pairs, folder / "joined", objective="dmoerm", **options)
+    joined = ModelReward(path=str(folder / "joined")).score(known, SOURCE)
+    shown = hone("sample", folder / "joined", "--prompt", row["prompt"] + row["chosen"])
+    assert f"reward {joined[0]:.2f}" in shown.out or len(set(joined)) == 2
 
 
 def test_an_answer_that_was_cut_off_is_read_without_an_end(reward_model: Path) -> None:

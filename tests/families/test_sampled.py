@@ -15,13 +15,14 @@ from hone.data.chains import Chains
 from hone.data.formats import CONTINUES
 from hone.data.paired import Paired
 from hone.data.s3ft import S3FT
-from hone.data.sample import Sample
+from hone.data.sample import Message, Sample
 from hone.data.sampled import WAVE, ModelMade, Sampled, first_slip
 from hone.data.searched import Searched
 from hone.data.self_rewarded import SelfRewarded
 from hone.data.source import Source, Split
 from hone.errors import DataError, ModelError
 from hone.options import Places, check_part
+from hone.parts import load
 from hone.text.model import LanguageModel
 
 GOLD = "1+1=2\n2+2=4\nanswer: 4"
@@ -95,6 +96,45 @@ def test_gold_stands_in_where_no_answer_is_right() -> None:
     assert made([RIGHT, ALSO]) == []  # nothing is wrong
     assert [sample.answers for sample in made([WRONG], make="right")] == [(GOLD,)]
     assert [sample.answers for sample in made([WRONG, ALSO, RIGHT], make="right")] == [(ALSO,)]
+
+
+class Chat(Sums):
+    """The same problems as conversations of two exchanges."""
+
+    def samples(self, split: Split) -> Iterator[Sample]:
+        before = (Message("user", "hello"), Message("assistant", "hi"))
+        for sample in super().samples(split):
+            turns = (*before, Message("user", str(sample.prompt)), Message("assistant", GOLD))
+            yield replace(sample, kind="messages", prompt=turns, answers=())
+
+
+@pytest.mark.parametrize("make", ["pairs", "right", "list", "rivals"])
+def test_an_answer_to_a_conversation_takes_the_place_of_its_last_turn(make: str) -> None:
+    source = Sampled(of=Chat(1), make=make, cache=False)  # type: ignore[arg-type]
+    saying(source, lambda prompt: [WRONG])
+    (asked,) = Chat(1).samples("train")
+    (sample,) = source.samples("train")
+    assert sample.prompt == asked.prompt[:-1] and sample.answers[0] == GOLD
+    own = S3FT(of=Chat(1), cache=False)
+    saying(own, lambda prompt: [ALSO])
+    assert [(sample.prompt, sample.answers) for sample in own.samples("train")] == [(asked.prompt[:-1], (ALSO,))]
+
+
+def test_the_prompt_of_an_answer_to_a_conversation_is_what_was_asked(tiny_model: Path) -> None:
+    renderer = LanguageModel.load(str(tiny_model), template="chatml").renderer
+    source = Sampled(of=Chat(1), cache=False)
+    saying(source, lambda prompt: [WRONG])
+    (asked,), (sample,) = Chat(1).samples("train"), source.samples("train")
+    (tree,) = renderer.render(sample)
+    assert tree.tokens[0].tolist() == renderer.prompt_ids(asked).tolist()
+
+
+@pytest.mark.parametrize("name", ["searched", "directed", "verdicts", "refined", "correction", "self-rewarded"])
+def test_what_goes_on_behind_a_prompt_refuses_conversations(name: str) -> None:
+    source = load("data", name)(of=Chat(1), cache=False)
+    saying(source, lambda prompt: [WRONG, OFF])
+    with pytest.raises(DataError, match="sums:0: expected a prompt in plain text"):
+        list(source.samples("train"))
 
 
 def test_lists_score_every_answer_and_rivals_need_no_grade() -> None:
@@ -263,7 +303,9 @@ def test_s3ft_takes_own_answers_then_paraphrases_then_the_gold_one() -> None:
     plain = S3FT(of=Sums(3), limit=2, cache=False)
     asked = saying(plain, lambda prompt: [WRONG])
     assert [sample.answers[0] for sample in plain.samples("train")] == [GOLD, GOLD]
-    assert [sample.answers[0] for sample in plain.samples("eval")] == [GOLD] and len(asked) == 3
+    assert [sample.answers[0] for sample in plain.samples("eval")] == [GOLD] and len(
+        asked
+    ) == 2  # no more than the limit
     problem = check_part("data", {"name": "s3ft", "of": "chains", "paraphrase": "again"}, "data", Places())
     assert any("{answer}" in found.message for found in problem)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from decimal import Decimal
@@ -192,7 +193,7 @@ def test_margins_lengths_and_scaled_betas_enter_as_their_equations_say() -> None
     gap = 0.3 * (chosen.logratio - rejected.logratio)
     cases = [
         (DPO(beta=0.3, margin=0.7), gap - 0.7 * margin),
-        (DPO(beta=0.3, length_penalty=0.05), gap - 0.05 * (chosen.tokens - rejected.tokens)),
+        (DPO(beta=0.3, length_penalty=0.05), gap + 0.05 * (chosen.tokens - rejected.tokens)),
         (MMDPO(beta=0.3, scale=0.5, rate=2.0), gap * (1 + 0.5 * (1 - torch.exp(-2.0 * margin)))),
     ]
     for objective, expected in cases:
@@ -200,6 +201,17 @@ def test_margins_lengths_and_scaled_betas_enter_as_their_equations_say() -> None
     assert margin_scale(torch.tensor([0.0, 1e9]), 0.5, 2.0).tolist() == [1.0, 1.5]
     with pytest.raises(DataError, match="margin"):
         MMDPO().pair_loss(chosen, rejected, margin * float("nan"))
+
+
+def test_a_length_penalty_pulls_less_on_a_longer_preferred_answer() -> None:
+    def pull(penalty: float) -> float:
+        logprob = torch.tensor([0.0], dtype=torch.float64, requires_grad=True)
+        chosen, rejected = (Side(one, torch.zeros_like(one), torch.tensor([tokens])) for one, tokens in
+                            ((logprob, 60), (torch.zeros_like(logprob), 20)))  # fmt: skip
+        DPO(beta=0.1, length_penalty=penalty).pair_loss(chosen, rejected, torch.zeros(1)).backward()
+        return abs(float(logprob.grad))
+
+    assert pull(0.05) == pytest.approx(0.1 / (1 + math.exp(2))) and pull(0.0) == pytest.approx(0.05)
 
 
 def test_rrhf_ranks_every_pair_of_a_list_and_learns_the_best() -> None:

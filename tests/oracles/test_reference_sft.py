@@ -149,8 +149,8 @@ def test_poft_is_the_bradley_terry_loss_against_each_reference() -> None:
     for number, length in enumerate((4, 7, 1)):
         score = answer_sums(model, SINGLES)[number].squeeze() / length
         scores = [found[number].squeeze().detach() / length for found in theirs]
-        odds = [score.exp() ** 1.5 / (score.exp() ** 1.5 + other.exp() ** 1.5) for other in scores]
-        expected = expected - sum(p.log() for p in odds) / 2
+        other = sum(scores) / 2
+        expected = expected - (score.exp() ** 1.5 / (score.exp() ** 1.5 + other.exp() ** 1.5)).log()
         ahead += int(score > sum(scores) / 2)
     torch.testing.assert_close(loss, expected, **CLOSE)
     torch.testing.assert_close(gradient(loss, model), gradient(expected, model), **CLOSE)
@@ -162,6 +162,11 @@ def test_poft_trusts_an_answer_by_the_references_likelihood() -> None:
     (slopes,) = torch.autograd.grad(favour(score, [torch.tensor([-0.1, -1.0, -3.0])], 2.0).sum(), score)
     assert -slopes[0] > -slopes[1] > -slopes[2] > 0
     assert float(-slopes[1]) == pytest.approx(1.0)  # beta s(0)
+
+
+def test_poft_compares_with_the_mean_of_its_references() -> None:
+    others = [torch.tensor([other]) for other in (-0.2, -3.0, -4.0)]
+    assert float(favour(torch.tensor([-1.0]), others, 1.0)) == pytest.approx(0.2204, abs=1e-4)  # the authors' figure
 
 
 def dft_by_the_authors(model: LanguageModel, other: LanguageModel, before: float, **options: Any) -> Tensor:

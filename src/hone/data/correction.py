@@ -89,7 +89,7 @@ class Correction(ModelMade):
         return grade
 
     def _made(self, split: Split, *, plain: bool, wrong: bool) -> Iterator[Sample]:
-        asked = list(self.of.samples(split))
+        asked = self._plain(split)
         for sample, texts in zip(asked, self.answers(asked, split), strict=True):
             answer = reference(sample)
             if plain:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from hone.data.sample import Sample
-from hone.data.sampled import ModelMade, reference
+from hone.data.sampled import ModelMade, prompt_text, reference
 from hone.data.source import Split
 from hone.parts import part
 
@@ -124,7 +124,7 @@ class Directed(ModelMade):
         right, length = (str(round(100 * part)) for part in direction(degrees))
         prompt = self.frame.replace("{right}", right).replace("{length}", length)
         return replace(
-            sample, prompt=prompt.replace("{prompt}", str(sample.prompt)),
+            sample, prompt=prompt.replace("{prompt}", prompt_text(sample)),
             extra={**sample.extra, FIRST: sample.prompt, "degrees": degrees},
         )  # fmt: skip
 

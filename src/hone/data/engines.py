@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ class VLLM:
             )
         from hone.text.loading import find_model
 
+        # Weights are handed over in this process; vLLM would put its engine into one of its own, beyond reach.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         self.params = SamplingParams
         self.llm: Any = LLM(
             model=str(find_model(run.recipe.build("model").path)), logprobs_mode="processed_logprobs",

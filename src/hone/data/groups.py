@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hone.data.sample import opened
 from hone.rewards.judge import Appraised
 from hone.text.generate import Generation
 from hone.text.pack import CHOSEN, SCORE, Tree, some_segments
@@ -86,16 +87,18 @@ def made_of(
     for group in groups:
         whole = tree_of(group, source, renderer)
         worth = np.array([judged.total for judged in group.judged])
-        trees.append(whole if source.made == "groups" else _choice(whole, worth, source, generator))
+        own = len(group.answers)
+        trees.append(whole if source.made == "groups" else _choice(whole, worth, own, source, generator))
     return [tree for tree in trees if tree is not None]
 
 
-def _choice(whole: Tree, worth: np.ndarray, source: Rollouts, generator: np.random.Generator) -> Tree | None:
+def _choice(whole: Tree, worth: np.ndarray, own: int, source: Rollouts, generator: np.random.Generator) -> Tree | None:
     """Return a tree with what is chosen of a group; None where there is nothing to choose.
 
     Args:
         whole: the group.
-        worth: (A,) of its answers.
+        worth: (A,) of its answers, a demonstration the last of them.
+        own: how many of them are the model's.
         source: says what is made.
         generator: for choices.
     """
@@ -112,8 +115,10 @@ def _choice(whole: Tree, worth: np.ndarray, source: Rollouts, generator: np.rand
         marks[[best, worst]] = 1.0, 0.0
         return _picked(whole, first, (best, worst), {CHOSEN: marks}) if worth[best] > worth[worst] else None
     if source.made == "curated":
-        odds = np.exp((worth[usable] - worth[best]) / source.curation)
-        best = int(usable[generator.choice(len(usable), p=odds / odds.sum())])
+        drawn = usable[usable < own]  # real data are mixed in whatever they are worth: they do not compete
+        odds = np.exp((worth[drawn] - worth[drawn].max(initial=-np.inf)) / source.curation)
+        chosen = [int(drawn[generator.choice(len(drawn), p=odds / odds.sum())])] if len(drawn) else []
+        return _picked(whole, first, [*chosen, *(int(i) for i in usable[usable >= own])], {})
     return _picked(whole, first, (best,), {})
 
 
@@ -172,13 +177,15 @@ def tree_of(group: Group, source: Rollouts, renderer: Renderer) -> Tree:
 def own_answer(renderer: Renderer, sample: Sample) -> np.ndarray:
     """Return the ids of the source's own answer as training would see them, its end included.
 
+    Of a conversation that is its last turn, which is what `prompt_ids` asks for.
+
     Args:
         renderer: renders it.
         sample: a prompt with an answer; of another kind, nothing is returned.
     """
     if sample.kind not in ("completion", "messages"):
         return np.zeros(0, np.int32)
-    tree = renderer.render(sample)[0]
+    tree = renderer.render(opened(sample))[0]
     return np.concatenate(tree.tokens)[np.concatenate(tree.weights) != 0].astype(np.int32)
 
 

@@ -126,7 +126,7 @@ class Lacie(ModelMade):
         return itertools.islice(self._made(split), self.limit if split == "train" else None)
 
     def _made(self, split: Split) -> Iterator[Sample]:
-        asked = list(self.of.samples(split))
+        asked = self._open(split)
         heard = [
             (sample, {text: chance for text in texts if (chance := acceptance(text, self.tones)) is not None})
             for sample, texts in zip(asked, self.answers(asked, split), strict=True)

@@ -82,7 +82,7 @@ class Phases(Steps):
         super().__init__({})
         self.source, self.samples, self.renderer, self.seed = source, samples, renderer, seed
         self.run: Run | None = None
-        self.asked = self.phase = self.skipped = 0
+        self.asked = self.phase = self.skipped = self._long = 0
         self.rates = np.full(len(samples), np.nan)  # share of the answers to each prompt that passed, when last asked
         self.queue: list[list[Tree]] = []
         self.kept: list[Tree] = []  # earlier groups, for replay
@@ -251,7 +251,8 @@ class Phases(Steps):
         worth = [judged.total for judged in group.judged]
         if self.source.drop == "even":
             return max(worth) > min(worth)
-        return self.source.drop == "none" or max(worth) >= self.source.solved
+        own = worth[: len(group.answers)] or worth  # what the data demonstrate solves nothing
+        return self.source.drop == "none" or max(own) >= self.source.solved
 
     def _groups(self, run: Run, count: int, attempt: int) -> list[Group]:
         """Ask some prompts, each process its share, and return their groups on every process."""
@@ -306,17 +307,25 @@ class Phases(Steps):
         own = np.zeros(0, np.int32)
         if (source.hints != "none" or source.demonstrations) and sample.answers:
             own = own_answer(self.renderer, sample)
+        if len(own) and len(prompt) + len(own) > source.max_tokens:
+            if not self._long:
+                log.warning(
+                    "%s: the prompt with its own answer has %d tokens, more than data.max_tokens (%d); such answers "
+                    "are neither hints nor demonstrations", sample.where, len(prompt) + len(own), source.max_tokens,
+                )  # fmt: skip
+            self._long += 1
+            own = own[:0]
         given = 0
         if source.hints == "binomial" and len(own):
             progress = min(1.0, run.step / max(1, source.hint_until * run.total))
-            share = source.hint_from * (1 + math.cos(math.pi * progress)) / 2
+            share = source.hint_to + (source.hint_from - source.hint_to) * (1 + math.cos(math.pi * progress)) / 2
             ends = step_ends(self.renderer, own)
             drawn = np.random.default_rng([self.seed, self.phase, number, 3]).binomial(len(ends), share)
             given = 0 if progress >= 1 or not drawn else min(ends[drawn - 1], len(own) - 1)
         return Asked(number, sample, prompt, own, given)
 
     def _answer(self, run: Run, asked: list[Asked], attempt: int) -> list[Group]:
-        """Sample and score the answers to some prompts; those on which a reward failed are left out."""
+        """Sample and score the answers to some prompts, but for those on which a reward failed or without answers."""
         from hone.rewards.judge import judge
 
         if not asked:
@@ -345,7 +354,7 @@ class Phases(Steps):
             mine = [i for i, one in enumerate(attempts) if one.group == place]
             found = [judged[i] for i in mine]
             known = [one for one in found if one is not None]
-            if len(known) == len(found):
+            if known and len(known) == len(found):  # a prompt without an answer to learn from has none
                 groups.append(Group(place * run.cluster.world + run.cluster.rank, prompt, answers, known))
         return groups
 
@@ -375,7 +384,10 @@ class Phases(Steps):
         answers = [one for group in shown for one in group.answers]
         judged = [one for group in shown for one in (group.judged[: len(group.answers)] or group.judged)]
         if not judged:
-            raise DataError(f"phase {self.phase + 1}: every sample was left out, because a reward failed on each")
+            raise DataError(
+                f"phase {self.phase + 1}: every sample was left out: a reward failed on each, "
+                "or none has an answer of its own to learn from"
+            )
         names = sorted({name for one in judged for name in one.parts})
         whole = [one.total for one in judged]
         self._figures = {

@@ -96,7 +96,7 @@ class Refined(ModelMade):
         return itertools.islice(self._made(split), self.limit)
 
     def _made(self, split: Split) -> Iterator[Sample]:
-        asked = list(self.of.samples(split))
+        asked = self._plain(split)
         own = [next((text for text in texts if text.strip()), "") for texts in self.answers(asked, split)]
         said = [feedback(reference(sample), text) for sample, text in zip(asked, own, strict=True)]
         prompts = [

@@ -40,7 +40,8 @@ FITTING: dict[str, tuple[str, ...]] = {  # what an objective consumes -> what ma
     ],
     claim="Training on the best of the model's own answers, made anew as it learns, raises what they are worth.",
     deviations="RAFT is make: best, with the best answer to each prompt; the paper's variant that ranks a whole "
-    "batch is left out. Curated self-consumption is make: curated, its mixture with real data is demonstrations. The "
+    "batch is left out. Curated self-consumption is make: curated, its mixture with real data is demonstrations, one "
+    "to each chosen answer (lambda = 1). The "
     "filter of instances on which no rollout earns a reward is drop: unsolved, applied in every phase rather than "
     "once.",
 )
@@ -51,9 +52,9 @@ class Rollouts(Derived):
     A phase takes `prompts` prompts of `of`, samples `samples_each` answers to each from the model as it is, and scores
     them with `rewards`. A prompt with its answers is one tree, so that the prompt is computed once. What is made of a
     group: "groups" (all answers with their log-probabilities and rewards, for policy objectives), "best" (the best
-    answer, for
-    sft: RAFT), "curated" (one answer, drawn with probability proportional to exp(reward / curation)), "pairs" (the best
-    against the worst, for dpo), "list" (all, scored). One phase gives `updates` optimizer steps a pass, and is passed
+    answer, for sft: RAFT), "curated" (one of its own answers, drawn with probability proportional to
+    exp(reward / curation), and the demonstration where there is one), "pairs" (the best against the worst, for dpo),
+    "list" (all, scored). One phase gives `updates` optimizer steps a pass, and is passed
     over `passes` times. A recipe's `batch_tokens` bounds a forward pass here, not a step.
 
     Args:
@@ -78,8 +79,10 @@ class Rollouts(Derived):
             phase that leaves nothing to train on is asked again with other prompts, at most eight times.
         demonstrations: answers of the source's own that join each group, 0 or 1; they are marked as not the model's.
         hints: steps of the source's own answer that the model is given: "none", or a number drawn from a binomial
-            distribution whose mean share falls from `hint_from` to 0 over `hint_until` of the run along a cosine.
+            distribution whose mean share falls from `hint_from` to `hint_to` over `hint_until` of the run along a
+            cosine; none are given behind it, nor of an answer that has no room in `max_tokens` with its prompt.
         hint_from: share of the steps that is given at first.
+        hint_to: share of the steps that is given at the end of that time.
         hint_until: share of the run after which nothing is given any more.
         curation: of make: curated, the temperature of the choice.
         engine: what generates: "hone", or "vllm" where that is installed.
@@ -106,7 +109,8 @@ class Rollouts(Derived):
     unfinished: Literal["train", "mask"] = "train"
     demonstrations: Annotated[int, Field(ge=0, le=1)] = 0
     hints: Literal["none", "binomial"] = "none"
-    hint_from: Share = 1.0
+    hint_from: Share = 0.95
+    hint_to: Share = 0.05
     hint_until: Annotated[float, Field(gt=0, le=1)] = 0.5
     curation: Annotated[float, Field(gt=0)] = 1.0
     engine: Literal["hone", "vllm"] = "hone"

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from hone.data.sample import Sample
-from hone.data.sampled import ModelMade, reference
+from hone.data.sample import Sample, opened
+from hone.data.sampled import ModelMade, own_answer, prompt_text, reference
 from hone.data.source import Split
 from hone.parts import part
 
@@ -72,7 +72,9 @@ class S3FT(ModelMade):
             DataError: the source cannot tell right answers, or no model answers.
         """
         samples: Iterator[Sample] = self.of.samples(split)
-        return samples if split == "eval" else itertools.islice(self._replaced(list(samples)), self.limit)
+        if split == "eval":
+            return samples
+        return self._replaced([opened(sample) for sample in itertools.islice(samples, self.limit)])
 
     def _replaced(self, samples: list[Sample]) -> Iterator[Sample]:
         own = [
@@ -86,7 +88,7 @@ class S3FT(ModelMade):
             if text is None:
                 text = next(paraphrases)
                 kind = "" if text is None else "paraphrase"
-            answers = (reference(sample) if text is None else text,)
+            answers = (own_answer(sample) if text is None else text,)
             yield replace(sample, kind="completion", answers=answers, extra={**sample.extra, OWN: kind})
 
     def _paraphrases(self, samples: list[Sample]) -> list[str | None]:
@@ -94,7 +96,7 @@ class S3FT(ModelMade):
         if self.paraphrase is None:
             return [None] * len(samples)
         asked = [
-            replace(sample, prompt=_filled(self.paraphrase, str(sample.prompt), reference(sample)))
+            replace(sample, prompt=_filled(self.paraphrase, prompt_text(sample), reference(sample)))
             for sample in samples
         ]
         found = zip(samples, self.answers(asked, "paraphrase"), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["text", "completion", "messages", "pieces", "pair", "list", "steps", "tagged", "prompt"]
@@ -49,3 +49,17 @@ class Sample:
     fields: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = ""
+
+
+def opened(sample: Sample) -> Sample:
+    """Return a conversation as a prompt and its last answer, so that another answer can take its place.
+
+    Args:
+        sample: a sample of any kind; only conversations with an assistant's turn are changed.
+    """
+    if sample.kind != "messages" or isinstance(sample.prompt, str):
+        return sample
+    last = max((number for number, turn in enumerate(sample.prompt) if turn.role == "assistant"), default=None)
+    if last is None:
+        return sample
+    return replace(sample, kind="completion", prompt=sample.prompt[:last], answers=(sample.prompt[last].content,))

@@ -17,7 +17,7 @@ from hone.data.cache import cache_root
 from hone.data.derived import code_of
 from hone.data.formats import CONTINUES
 from hone.data.kept import keep_rows, read_rows
-from hone.data.sample import Sample
+from hone.data.sample import Sample, opened
 from hone.data.source import Source, Split
 from hone.errors import DataError
 from hone.options import Nested
@@ -86,6 +86,21 @@ class ModelMade(Source):
                 if self.cache:
                     keep_rows(file, rows)
             yield from rows
+
+    def _open(self, split: Split) -> list[Sample]:
+        """Return the source's samples of a split, conversations as a prompt and its last answer."""
+        return [opened(sample) for sample in self.of.samples(split)]
+
+    def _plain(self, split: Split) -> list[Sample]:
+        """Return the source's samples of a split, whose prompts must be plain text: what is made goes on behind them.
+
+        Raises:
+            DataError: one is a conversation.
+        """
+        samples = list(self.of.samples(split))
+        for sample in samples:
+            prompt_text(sample)
+        return samples
 
     def _identity(self) -> list[Any]:
         model = self._start if self.model is None else model_content(self.model)
@@ -228,7 +243,7 @@ class Sampled(ModelMade):
         return itertools.islice(made, self.limit if split == "train" else None)
 
     def _whole(self, split: Split) -> Iterator[Sample]:
-        asked = list(self.of.samples(split))
+        asked = self._open(split)
         for sample, texts in zip(asked, self.answers(asked, split), strict=True):
             right, wrong = self._sorted(sample, texts)
             yield from self._made(sample, right, wrong)
@@ -238,7 +253,7 @@ class Sampled(ModelMade):
         grades = {text: self.is_right(sample, text) for text in dict.fromkeys(texts)}
         right = [text for text, good in grades.items() if good]
         if not right and self.gold:
-            right = [reference(sample)]
+            right = [own_answer(sample)]
         return right, [text for text, good in grades.items() if not good and text.strip()]
 
     def _made(self, sample: Sample, right: Texts, wrong: Texts) -> Iterator[Sample]:
@@ -255,9 +270,9 @@ class Sampled(ModelMade):
 
     def _rivals(self, split: Split) -> Iterator[Sample]:
         """Yield the source's own answers with all other ones, as often as they were drawn."""
-        asked = list(self.of.samples(split))
+        asked = self._open(split)
         for sample, texts in zip(asked, self.answers(asked, split), strict=True):
-            own = reference(sample)
+            own = own_answer(sample)
             others = [text for text in texts if text != own and text.strip()]
             if others:
                 yield replace(sample, kind="list", answers=(own, *others), scores=(1.0,) + (0.0,) * len(others))
@@ -272,13 +287,13 @@ class Sampled(ModelMade):
 
     def _steps(self, split: Split) -> Iterator[Sample]:
         """Yield pairs of single lines: the first wrong one of an answer, and the right one there, asked for again."""
-        asked = list(self.of.samples(split))
+        asked = self._open(split)
         found: list[tuple[Sample, str, str]] = []
         for sample, texts in zip(asked, self.answers(asked, split), strict=True):
             _, wrong = self._sorted(sample, texts)
             slips = dict.fromkeys(slip for text in wrong if (slip := first_slip(reference(sample), text)))
             for before, line, right in itertools.islice(slips, self.pairs):
-                prompt = f"{sample.prompt}{before}"
+                prompt = f"{prompt_text(sample)}{before}"
                 found.append((replace(sample, prompt=prompt), line, right))
         again = self.answers([sample for sample, _, _ in found], f"{split}:steps")
         for (sample, wrong_line, right), texts in zip(found, again, strict=True):
@@ -301,6 +316,32 @@ def model_content(name: str) -> str:
     from hone.text.loading import find_model
 
     return name if name.startswith("stage:") else folder_hash(Path(find_model(name))) or name
+
+
+def prompt_text(sample: Sample) -> str:
+    """Return a prompt that text can be put behind or around.
+
+    Raises:
+        DataError: it is a conversation.
+    """
+    if not isinstance(sample.prompt, str):
+        raise DataError(
+            f"{sample.where}: expected a prompt in plain text, which text is put behind or around, found a "
+            "conversation; give rows with the columns prompt and completion, without chat: true"
+        )
+    return sample.prompt
+
+
+def own_answer(sample: Sample) -> str:
+    """Return the source's own answer to a prompt, be that plain text or a conversation.
+
+    Raises:
+        DataError: it has no answer.
+    """
+    if not sample.answers:
+        raise DataError(f"{sample.where}: expected a prompt with an answer")
+    answer = sample.answers[0]
+    return answer if isinstance(answer, str) else answer[-1].content
 
 
 def reference(sample: Sample) -> str:

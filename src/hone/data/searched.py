@@ -120,7 +120,9 @@ class Grown:
     "than outcomes of whole answers.",
     deviations="One tree a prompt, of which the pairs of all nodes count, where MCTS-DPO takes those along one path. "
     "Outcomes alone are backed up: no model evaluates its own steps, as MCTS-DPO's and iTool's do. Ties of PUCT go to "
-    "the first child. `pivots` was verified from the paper's abstract and from summaries only: its code is not public.",
+    "the first child. A step's prior is the geometric mean of its tokens' probabilities, as in AlphaMath; MCTS-DPO "
+    "divides the sum of their logarithms by their number to the power of 1.25. `pivots` was verified from the paper's "
+    "abstract and from summaries only: its code is not public.",
 )
 @dataclass(kw_only=True)
 class Searched(ModelMade):
@@ -195,7 +197,7 @@ class Searched(ModelMade):
 
     def _asked(self, split: Split) -> list[Sample]:
         """Return the samples whose prompts are searched, in the source's order."""
-        asked = list(self.of.samples(split))
+        asked = self._plain(split)
         if split == "eval" or self.hardest == 1:
             return asked[: self.search_held_out] if split == "eval" else asked
         surprise = _surprise(self._answering(), asked)

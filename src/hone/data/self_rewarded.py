@@ -13,7 +13,7 @@ from pydantic import Field
 from scipy.stats import kendalltau, rankdata, spearmanr  # type: ignore[import-untyped]
 
 from hone.data.sample import Sample
-from hone.data.sampled import ModelMade, model_content
+from hone.data.sampled import ModelMade, model_content, prompt_text
 from hone.data.scoring import confidences, likelihoods
 from hone.data.source import Split
 from hone.parts import part
@@ -82,8 +82,8 @@ def log_odds(share: float) -> float:
     ],
     claim="Labels that a model gives its own answers go on improving it where they are weighed by how consistent the "
     "rankings of two rounds are (CREAM), or kept only where all rewards inside the model agree (SCIR).",
-    deviations="CREAM was checked against the authors' code. In a first round, where the previous model is the "
-    "reference itself, that one ranks by its mean log-probability; that rule is our own. SCIR was verified from its "
+    deviations="CREAM was checked against the authors' code, where too, in a first round whose previous model is "
+    "the reference itself, that one ranks by its mean log-probability. SCIR was verified from its "
     "abstract: its penalty on the difference of the rewards' predictions, which trains them to agree, is left out; "
     "the judge answers right or wrong instead of writing a grade, and sees one answer at a time, so that the order "
     "of a pair cannot bias it.",
@@ -136,13 +136,13 @@ class SelfRewarded(ModelMade):
         return itertools.islice(self._made(split), self.limit if split == "train" else None)
 
     def _made(self, split: Split) -> Iterator[Sample]:
-        asked = list(self.of.samples(split))
+        asked = self._open(split)
         answered = [
             (sample, tuple(dict.fromkeys(text for text in texts if text.strip())))
             for sample, texts in zip(asked, self.answers(asked, split), strict=True)
         ]
         whole = [(sample, texts) for sample, texts in answered if len(texts) > 1]
-        texts = [(str(sample.prompt), own) for sample, own in whole]
+        texts = [(prompt_text(sample), own) for sample, own in whole]
         model = self._answering()
         ours = [self.scores(kind, model, texts, self.against) for kind in self.rewards]
         rates = None if self.previous is None else self._rates(ours[0], texts)

@@ -82,7 +82,7 @@ class Verdicts(ModelMade):
         return super().grade(sample, text)
 
     def _made(self, split: Split, plain: bool) -> Iterator[Sample]:
-        asked = list(self.of.samples(split))
+        asked = self._plain(split)
         for sample, texts in zip(asked, self.answers(asked, split), strict=True):
             if plain:
                 yield sample

@@ -101,14 +101,14 @@ class MinorSFT(PerAnswer, Referring):
 
 
 def favour(score: Tensor, others: Sequence[Tensor], beta: float) -> Tensor:
-    """Return -mean_j log s(beta (score - other_j)) of each answer (A,).
+    """Return -log s(beta (score - mean_j other_j)) of each answer (A,).
 
     Args:
         score: (A,) the trained model's.
         others: J scores (A,) of other models.
         beta: sharpness of the comparison.
     """
-    return torch.stack([-F.logsigmoid(beta * (score - other)) for other in others]).mean(0)
+    return -F.logsigmoid(beta * (score - torch.stack(list(others)).mean(0)))
 
 
 @part(
@@ -122,20 +122,19 @@ def favour(score: Tensor, others: Sequence[Tensor], beta: float) -> Tensor:
     ],
     claim="Preferring the trained model to aligned ones on the same data weighs samples by the likelihood that those "
     "give them, which makes fine-tuning robust to bad samples.",
-    deviations="Verified from abstracts and summaries only, which give the Bradley-Terry form and the likelihoods as "
-    "scores. The mean over reference models and the option beta are ours; references must share the tokenizer, so that "
-    "the lengths in tokens are the same.",
+    deviations="Verified against the authors' code, whose beta is 1. References must share the tokenizer; there each "
+    "may have its own, since only its mean over tokens enters.",
 )
 @dataclass(kw_only=True)
 class PoFT(PerAnswer):
     """Preference-oriented fine-tuning: the trained model shall find each answer likelier than reference models do.
 
-    loss = sum_answers -mean_j log s(beta (s - s_j)),  s = log pi(y|x) / |y|
+    loss = sum_answers -log s(beta (s - mean_j s_j)),  s = log pi(y|x) / |y|
 
-    An answer's gradient is weighed by s(beta (s_j - s)): more where the reference finds it likely, less where it does
-    not. The references' values are computed once, before the first step, and kept on disk. Reported beside the loss:
-    "nll" (mean negative log-likelihood of an answer's tokens) and "favoured" (share of answers that the trained model
-    finds likelier than the references do in the mean).
+    An answer's gradient is weighed by s(beta (mean_j s_j - s)): more where the references find it likely, less where
+    they do not. The references' values are computed once, before the first step, and kept on disk. Reported beside the
+    loss: "nll" (mean negative log-likelihood of an answer's tokens) and "favoured" (share of answers that the trained
+    model finds likelier than the references do in the mean).
 
     Args:
         references: the aligned models: "base", folders or Hub names; "start" is the model that the run starts from.

@@ -164,13 +164,3 @@ class DMoERM(RewardModel):
             model: gives the width of a head that nobody reads.
         """
         return Readout(new_head(model, ["reward"], bias=False), "text", "it joins the states of several experts")
-
-    def verdict(self, model: LanguageModel, batch: Packed) -> str:
-        """Return the reward of the only text of a batch.
-
-        Args:
-            model: the trained model with the aggregations.
-            batch: one tree.
-        """
-        whole = Answers(torch.tensor([0]), torch.tensor([0]), torch.ones(1), torch.zeros(1, dtype=torch.int64))
-        return f"reward {float(self.rewards(model, batch, whole)):.3f}"

@@ -66,7 +66,7 @@ def shortened(values: Tensor, answers: Answers, pairs: Pairs, tail: float) -> tu
 class DPO(Referenced):
     """Direct preference optimisation.
 
-    loss = -log sigmoid(m),  m = beta [f'(u_w) - f'(u_l)] - length_penalty (|y_w| - |y_l|) - margin
+    loss = -log sigmoid(m),  m = beta [f'(u_w) - f'(u_l)] + length_penalty (|y_w| - |y_l|) - margin
 
     with u = pi(y|x) / pi_ref(y|x), of which reverse KL takes f' = log u. A share `flips` of the labels is taken to be
     wrong: -(1 - e) log s(m) - e log s(-m) (conservative DPO), or its unbiased form with `debias` (robust DPO).
@@ -77,7 +77,8 @@ class DPO(Referenced):
         flips: share of pairs whose labels are taken to be the wrong way round, in [0, 0.5).
         debias: correct for the flips without bias instead of smoothing the labels.
         normalised: log-ratios are means over tokens instead of sums.
-        length_penalty: taken off the margin per token by which the preferred answer is longer (R-DPO).
+        length_penalty: what each token by which the preferred answer is longer counts as margin that it has already, so
+            that the likelihoods need not tell it apart by its length (R-DPO).
         tail: weight of tokens beyond the length of the shorter answer (LD-DPO); 1 counts them fully.
         margin: how much the field "margin" of the data counts as a margin that the rewards must exceed.
     """
@@ -121,7 +122,7 @@ class DPO(Referenced):
         """
         gap = self.strength(margin) * self.difference(chosen, rejected)
         if self.length_penalty:
-            gap = gap - self.length_penalty * (chosen.tokens - rejected.tokens)
+            gap = gap + self.length_penalty * (chosen.tokens - rejected.tokens)
         if self.margin:
             gap = gap - self.margin * margin.nan_to_num(0.0)
         return self.surrogate(gap)
@@ -273,7 +274,9 @@ def margin_scale(margin: Tensor, weight: float, rate: float) -> Tensor:
     papers=[("MM-RLHF: The Next Step Forward in Multimodal LLM Alignment", "arXiv:2502.10391")],
     claim="Pairs that a reward model is surer of should pull harder: a beta that grows with the margin beats a "
     "constant one.",
-    deviations="Text alone; the reward margins come with the data (field 'margin').",
+    deviations="Text alone; the reward margins come with the data (field 'margin'). The authors' script adds the "
+    "preferred answer's likelihood with weight 0.25 (`sft: 0.25`) and lets beta grow by 0.1 at most (`scale: 0.1`); "
+    "their code also has a beta from the batch's own margins, which is not built.",
 )
 @dataclass(kw_only=True)
 class MMDPO(DPO):

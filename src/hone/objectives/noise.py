@@ -148,7 +148,8 @@ def two_heads(head: Any, hidden: Tensor) -> Tensor:
     "at equal or better accuracy.",
     deviations="Follows the authors' code, except that: the noise is proportional to the states (their code multiplies "
     "it by the states' standard deviation once more, so that the same option drowns a model with large states and does "
-    "nothing to one with small states); statistics are taken over each sample instead of the batch; the expected noise "
+    "nothing to one with small states, and by the option itself once more: their 0.1 is 0.01 here where states have "
+    "standard deviation 1); statistics are taken over each sample instead of the batch; the expected noise "
     "of the signal-to-noise ratio is computed on the first step's data instead of averaged over ten draws; the scale "
     "of the noise and the clean distribution are constants in the backward pass.",
 )

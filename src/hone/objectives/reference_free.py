@@ -146,6 +146,8 @@ class SimPO(Preference):
     "orpo",
     papers=[("ORPO: Monolithic Preference Optimization without Reference Model", "arXiv:2403.07691")],
     claim="An odds-ratio term beside the likelihood aligns a base model in one stage, better than SFT and then DPO.",
+    deviations="The likelihood is that of the answer, a mean over its tokens, as in the paper's equation; the authors' "
+    "code and TRL count the prompt's tokens too, and average over all tokens of a batch.",
 )
 @dataclass(kw_only=True)
 class ORPO(Preference):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -127,4 +128,6 @@ class RewardModel(Headed):
             model: the trained model with its head.
             batch: one tree.
         """
-        return f"reward {float(self.outputs(model, self.hidden(model, batch)[-1:])):.3f}"
+        last = torch.tensor([len(batch.starts) - 2])
+        whole = Answers(last, batch.trees[last], torch.ones(1), torch.zeros(1, dtype=torch.int64))
+        return f"reward {float(self.rewards(model, batch, whole)):.3f}"

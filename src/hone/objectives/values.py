@@ -218,7 +218,8 @@ class OVM(Valued):
     claim="Search trees over a model's own steps teach it and a value head together, without worked solutions; with "
     "the head, a beam over steps answers better than greedy decoding does.",
     deviations="The likelihood is a mean over a path's tokens and the value loss one over its steps, as the authors' "
-    "code averages over batches, where the paper's equation has sums. Solutions have no calls of a code interpreter.",
+    "code averages over batches, where the paper's equation has sums. Solutions have no calls of a code interpreter. "
+    "In step-wise beam search finished answers stay in the beam, as in OVM; the authors' shrinks by each.",
 )
 @dataclass(kw_only=True)
 class AlphaMath(Valued):

@@ -109,7 +109,23 @@ class Called(Reward):
             attempts: all answers of a phase.
             source: not looked at.
         """
-        return [type(self).function(attempt.sample.prompt, attempt.whole, attempt.sample) for attempt in attempts]
+        return [
+            _behind(len(attempt.before), type(self).function(attempt.sample.prompt, attempt.whole, attempt.sample))
+            for attempt in attempts
+        ]
+
+
+def _behind(given: int, score: float | Score) -> float | Score:
+    """Return a score of a whole answer with its steps counted in what the model wrote.
+
+    Args:
+        given: characters of a hint before it; what steps inside the hint are worth goes to the whole.
+        score: what a function gave.
+    """
+    if not given or not isinstance(score, Score):
+        return score
+    inside = sum(worth for end, worth in score.steps if end <= given)
+    return Score(score.value + inside, tuple((end - given, worth) for end, worth in score.steps if end > given))
 
 
 def from_function(name: str, function: Callable[[Any, str, Sample], float | Score]) -> type[Reward]:

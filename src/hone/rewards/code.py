@@ -23,6 +23,7 @@ from hone.rewards.base import Attempt, NotNegative, Positive, Reward
 if TYPE_CHECKING:
     from hone.data.source import Source
 
+TINY = 1e-3  # of the tolerance: 0.1 + 0.2 - 0.3 is 6e-17, and a right 0 must equal it
 FENCED = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:\n```|\n?\Z)", re.DOTALL)
 FORM = (
     '{"call": "name", "args": [...], "expected": value}, {"input": "text", "expected": "text"}, or '
@@ -65,12 +66,13 @@ def same(given: Any, expected: Any, tolerance: float) -> bool:
     Args:
         given: what an answer gave.
         expected: what was to come.
-        tolerance: relative difference between numbers of which one is not whole.
+        tolerance: relative difference between numbers of which one is not whole; what is nearer to 0 than a thousandth
+            of it is 0.
     """
     if isinstance(given, float) or isinstance(expected, float):
         numbers = isinstance(given, int | float) and isinstance(expected, int | float)
         try:
-            return numbers and math.isclose(given, expected, rel_tol=tolerance, abs_tol=tolerance)
+            return numbers and math.isclose(given, expected, rel_tol=tolerance, abs_tol=tolerance * TINY)
         except OverflowError:  # a whole number that no float holds
             return False
     if isinstance(given, list) and isinstance(expected, list):

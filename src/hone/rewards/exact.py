@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class Exact(Reward):
     """Reward a right final answer, as the data's own grade tells it.
 
-    r = right where the grade is 1, partial where an answer ended but is wrong, else wrong
+    r = right where the grade is 1, partial where an answer ended but is wrong, else wrong; an empty one is wrong
 
     Args:
         right: worth of a right answer.
-        partial: worth of a wrong answer that the model ended itself.
+        partial: worth of a wrong answer that the model ended itself, if it wrote one.
         wrong: worth of anything else.
     """
 
@@ -51,4 +51,4 @@ class Exact(Reward):
             )
         if grade == 1:
             return self.right
-        return self.partial if attempt.stopped else self.wrong
+        return self.partial if attempt.stopped and attempt.whole.strip() else self.wrong

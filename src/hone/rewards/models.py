@@ -121,7 +121,7 @@ class ModelReward(Reward):
     def _load(self, device: torch.device, dtype: torch.dtype) -> None:
         folder = Path(self.path).expanduser()
         made = folder / "model" if (folder / "recipe.yaml").is_file() else folder
-        if saved_names(made) is not None:
+        if saved_names(made) is not None or (made != folder and _makes_rewards(folder)):
             self._load_own(folder, made, device, dtype)
         else:
             self._load_classifier(str(made) if made.exists() else self.path, device, dtype)
@@ -129,34 +129,29 @@ class ModelReward(Reward):
     def _load_own(self, folder: Path, made: Path, device: torch.device, dtype: torch.dtype) -> None:
         """Load a model with the head that hone has trained."""
         from hone.engine.use import ready_objective
-        from hone.objectives.heads import Headed
+        from hone.objectives.answers import Answers
         from hone.objectives.reward_model import RewardModel
 
-        names = saved_names(made) or []
-        if len(names) != 1:
+        names = saved_names(made)
+        if names is not None and len(names) != 1:
             raise ModelError(
                 f"reward 'reward-model': '{made}' tells the classes {', '.join(names)}; expected a model with one "
                 "output, made by objective: reward-model"
             )
         model = LanguageModel.load(made, device=device, dtype=dtype)
-        objective: Headed = RewardModel()
+        objective = RewardModel()
         if made != folder:
-            from hone.engine.folder import RunFolder
-            from hone.engine.run import require_finished, stages_of
-            from hone.recipe import Recipe
-
-            run = RunFolder.open(folder)
-            require_finished(run)
-            objective = ready_objective(stages_of(Recipe.load(folder / "recipe.yaml"), run)[-1], model, made)
+            objective = ready_objective(_last_stage(folder), model, made)
         else:
             objective.equip(model)
             model.load_extras(made)
         model.eval().requires_grad_(False)
 
         def judge(batch: Packed) -> Tensor:
-            batch = batch.to(device)
-            states = objective.hidden(model, batch)
-            return objective.outputs(model, states[_last(batch).to(device)]).squeeze(-1)
+            segments = _answers(batch)
+            none = torch.zeros(0, dtype=torch.int64)
+            answers = Answers(segments, batch.trees[segments], torch.ones(len(segments)), none)
+            return objective.rewards(model, batch.to(device), answers)
 
         self._judge, self._renderer, self._context = judge, model.renderer, model.context
 
@@ -186,9 +181,22 @@ def _answers(batch: Packed) -> Tensor:
     return (~batch.fields[SCORE].isnan()).nonzero().squeeze(1).cpu()
 
 
-def _last(batch: Packed) -> Tensor:
-    """Return the last token of each answer."""
-    return batch.starts[_answers(batch) + 1] - 1
+def _last_stage(folder: Path) -> Any:
+    """Return the recipe of the last stage of a finished run."""
+    from hone.engine.folder import RunFolder
+    from hone.engine.run import require_finished, stages_of
+    from hone.recipe import Recipe
+
+    run = RunFolder.open(folder)
+    require_finished(run)
+    return stages_of(Recipe.load(folder / "recipe.yaml"), run)[-1]
+
+
+def _makes_rewards(folder: Path) -> bool:
+    """Return whether a run ends with a reward model, of which some have no single head (dmoerm)."""
+    from hone.objectives.reward_model import RewardModel
+
+    return isinstance(_last_stage(folder).build("objective"), RewardModel)
 
 
 def _segment(batch: Packed, number: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 Refine = Literal["none", "clip", "delta", "clip-delta"]
 SENTENCE = re.compile(r".*?(?:[.!?]+(?=\s|$)\s*|\n+|$)", re.DOTALL)
-SIDE = r"[-(]*\d+\)*(?: *(?://|[-+*/%]) *[-(]*\d+\)*)*"
+NUMBER = r"\d+(?:\.\d+)?"
+SIDE = rf"[-(]*{NUMBER}\)*(?: *(?://|[-+*/%]) *[-(]*{NUMBER}\)*)*"
 EQUATION = re.compile(rf"(?<![\w.(])({SIDE}) *=(?= *({SIDE}))")
 LONGEST = 200  # characters of one side of an equation
 OPERATIONS = {
@@ -186,14 +188,14 @@ def value_of(text: str) -> float | None:
     if len(text) > LONGEST:
         return None
     try:
-        return _value(ast.parse(re.sub(r"\b0+(?=\d)", "", text.strip()), mode="eval").body)
+        return _value(ast.parse(re.sub(r"(?<![\d.])0+(?=\d)", "", text.strip()), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return None
 
 
 def _value(node: ast.expr) -> float:
     match node:
-        case ast.Constant(value=int(number)):
+        case ast.Constant(value=int(number) | float(number)):
             return number
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -_value(inner)
@@ -227,7 +229,10 @@ class TrueEquations(Reward):
     def _true(self, text: str) -> bool:
         found = EQUATION.findall(text)
         sides = [(value_of(left), value_of(right)) for left, right in found]
-        return bool(sides) and all(left is not None and left == right for left, right in sides)
+        return bool(sides) and all(
+            left is not None and right is not None and math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-12)
+            for left, right in sides
+        )
 
 
 @part("reward", "hackable-process", papers="original")

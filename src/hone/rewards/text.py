@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 FINAL = re.compile(r"\s*(?:####|answer\s*:|\\boxed)", re.IGNORECASE)  # what a line with the final answer begins with
 FORMATS: dict[str, str] = {
     "final": r"(?s:.*?)(?m:^)(?:####|(?i:answer\s*:)) *\S[^\n]*\s*",
-    "worked": r"(?:(?!####|(?i:answer\s*:))[^\n]*\S[^\n]*\n)+(?:####|(?i:answer\s*:)) *\S[^\n]*\s*",
+    "worked": r"(?:(?!####|(?i:answer\s*:))[^\S\n]*\S[^\n]*\n)+(?:####|(?i:answer\s*:)) *\S[^\n]*\s*",
     "think": r"\s*<think>(?:(?!</?think>|</?answer>)(?s:.))+</think>\s*"
     r"<answer>(?:(?!</?think>|</?answer>)(?s:.))+</answer>\s*",
     "boxed": r"(?s:.*)\\boxed\{(?s:.+)\}(?s:.*)",
