@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hone.data.arrays import Digits
-from hone.distances.sets import MMD, Energy, Frechet, Precision, Recall, SlicedWasserstein, Wasserstein, frechet
+from hone.distances.sets import MMD, Energy, Frechet, Precision, Recall, SlicedWasserstein, Wasserstein, frechet, mmd
 from hone.options import build_part
 from hone.parts import catalogue, load
 
@@ -131,6 +132,35 @@ def test_energy_of_two_gaussians_on_a_line():
     wanted = math.sqrt(2 * mean_distance(1.0) - 2 * mean_distance(0.0))
     found = Energy(most=4000)(normal(4000, 1) + 1.0, normal(4000, 1, 1))
     assert found == pytest.approx(wanted, rel=0.05)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor has that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+
+def test_mmd_is_its_formula_and_holds_no_difference_of_all_pairs():
+    left, right = normal(30, 50), normal(20, 50, 1)
+    right[:5] = left[:5]  # rows that coincide
+    left = left.requires_grad_()
+
+    def kernel(one: Tensor, two: Tensor) -> Tensor:
+        return (1 + (one[:, None] - two[None]).square().sum(-1) / (2 * 3.0**2 * 0.5)) ** -0.5
+
+    wanted = ((kernel(left, left).sum() - 30) / (30 * 29) + (kernel(right, right).sum() - 20) / (20 * 19)) \
+        - 2 * kernel(left, right).mean()  # fmt: skip
+    with Largest() as largest:
+        found = mmd(left, right, 3.0, [0.5])
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), abs=1e-9)
+    assert largest.numbers <= 30 * 50
+    slopes = [torch.autograd.grad(value, left)[0] for value in (found, wanted)]
+    torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
 
 
 def test_mmd_is_without_bias():

@@ -19,6 +19,8 @@ from hone.adapters.full import Full
 from hone.adapters.layers import Wrapped, layout_of
 from hone.adapters.lora import Decomposed, LoRA, LowRank
 from hone.adapters.peft_bridge import PeftBridge
+from hone.adapters.scaling import BitFit
+from hone.engine import assemble
 from hone.errors import HoneError
 
 IDS = torch.arange(24).view(2, 12) % 20
@@ -294,6 +296,20 @@ def test_autocast(decomposed: bool) -> None:
     output.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in adapter.trainable(model))
     torch.testing.assert_close(output.logits.float(), plain, rtol=0, atol=0.1)
+
+
+def test_what_stands_beside_a_trained_bias_of_a_norm_keeps_its_precision() -> None:
+    torch.manual_seed(0)
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=4, n_positions=32)).train()
+    BitFit().attach(model)
+    assemble._narrow(model)
+    block = model.transformer.h[0]
+    assert block.ln_1.weight.dtype == block.ln_1.bias.dtype == torch.float32
+    assert block.mlp.c_fc.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16  # autocast casts both operands
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def test_dropout_is_for_training_only() -> None:

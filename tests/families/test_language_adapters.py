@@ -54,6 +54,27 @@ def test_training_data_without_languages_is_refused(model: LanguageModel) -> Non
         model.train().hidden(pack([tree([5, 6], None)]))
 
 
+def test_a_pass_of_the_base_before_the_backward_pass_changes_no_gradient(tiny_model: Path) -> None:
+    found = []
+    for again in (False, True):
+        model = LanguageModel.load(tiny_model, dtype=torch.float64).train()
+        model.checkpoint_layers(again)
+        adapter, batch = (
+            LanguageAdapters(languages=2, width=4),
+            pack([tree([5, 6, 7], 0.0), tree([9, 10, 11, 12], 1.0)]),
+        )
+        torch.manual_seed(0)
+        adapter.attach(model.hf)
+        move(adapter, model.hf)
+        states = model.hidden(batch)
+        with torch.no_grad(), adapter.disabled(model.hf):
+            model.hidden(batch)
+        states.square().sum().backward()
+        found.append([p.grad for _, p in adapter.trainable(model.hf)])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
+
+
 def test_a_language_too_many_is_refused(model: LanguageModel) -> None:
     with pytest.raises(HoneError, match=r"adapter\.languages: 2, numbered from 0, but a sample is in language 2"):
         hidden(model, tree([5, 6], 2.0))

@@ -16,13 +16,19 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from end_to_end.support import hone, train
+from hone.adapters import sparse
+from hone.adapters.adalora import AdaLoRA
 from hone.adapters.calibration import Calibration
 from hone.adapters.host import Host, adapted_layers
+from hone.adapters.lamda import LaMDA
 from hone.adapters.layers import Layout, Wrapped
 from hone.adapters.lora import LoRA
 from hone.adapters.lq_lora import LQLoRA, decompose
 from hone.adapters.qlora import LoftQ, QLoRA
-from hone.adapters.quantize import Quantized
+from hone.adapters.quantize import Blocks, Quantized
+from hone.adapters.sara import SaRA
+from hone.adapters.sparse import SpIEL
+from hone.adapters.triadapt import TriAdaptLoRA
 from hone.errors import HoneError
 from hone.objectives.base import trained
 from hone.objectives.lrec import LREC
@@ -90,6 +96,35 @@ def test_qlora_trains_as_lora_does_over_the_dequantised_weights() -> None:
     found = {name: p for name, p in ours.named_parameters() if p.requires_grad}
     assert len(found) == 2 * 2 * 7 and found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], wanted[name], rtol=0, atol=1e-10) for name in found)
+
+
+FEW_PASSES: dict[str, Callable[[], Host]] = {
+    "spiel": lambda: SpIEL(density=0.1, quantize="nf4"),
+    "sara": lambda: SaRA(share=0.1, quantize="nf4"),
+    "adalora": lambda: AdaLoRA(rank=2, quantize="nf4"),
+    "lamda": lambda: LaMDA(rank=2, quantize="nf4"),
+    "triadaptlora": lambda: TriAdaptLoRA(rank=2, quantize="nf4"),
+}
+
+
+@pytest.mark.parametrize("name", FEW_PASSES)
+def test_a_step_dequantises_a_weight_once_forwards_and_once_backwards(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    FEW_PASSES[name]().attach(model)
+    monkeypatch.setattr(sparse, "PIECE", 64)  # pieces of 4 rows
+    counts, matrix = [0], Blocks.matrix
+
+    def counted(self: Blocks, *args: Any) -> Tensor:
+        counts[0] += 1
+        return matrix(self, *args)
+
+    monkeypatch.setattr(Blocks, "matrix", counted)
+    out = model(torch.randn(3, 16, requires_grad=True))
+    assert counts == [2]
+    out.square().sum().backward()
+    assert counts == [4]
 
 
 def test_a_resident_base_takes_at_most_0_30_of_its_bf16_bytes() -> None:

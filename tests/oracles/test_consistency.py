@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hone.diffusion.critics import Critic
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.items import Collection, collate
 from hone.diffusion.levels import Parameterisation, from_trig_time, karras
 from hone.diffusion.mixture import Mixture
 from hone.diffusion.networks import MLP, DiT, UNet
+from hone.objectives import noise_consistency
 from hone.objectives.consistency import (
     ConsistencyDistillation,
     ConsistencyTraining,
@@ -25,12 +28,14 @@ from hone.objectives.consistency import (
     lognormal_places,
     pseudo_huber,
 )
-from hone.objectives.continuous import ContinuousConsistency, forward_derivative, tangent, trig_output
+from hone.objectives.continuous import ContinuousConsistency, SanaSprint, forward_derivative, tangent, trig_output
 from hone.objectives.latent_consistency import RobustConsistencyTraining, cauchy, nearest_noise
 from hone.objectives.noise_consistency import NoiseConsistency, quadrant
 from hone.objectives.stochastic_consistency import StochasticDistillation
 from hone.objectives.teachers import Truth
+from oracles.small_denoisers import as_run, points, step_of, tiny
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MEAN, SCALE, SIGMA_DATA = torch.tensor([0.3, -0.2], dtype=torch.float64), 0.6, 0.7
 
 
@@ -100,6 +105,71 @@ def test_continuous_loss_at_the_exact_flow_map_is_nothing():
     objective = taught(ContinuousConsistency(teacher="truth", adaptive=False, warmup=0.0))
     torch.manual_seed(0)
     assert objective.loss(FlowMap(), batch())[0].item() < 1e-15
+
+
+class Dropping(FlowMap):
+    """The map with half of its answers left out at random."""
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        return nn.functional.dropout(super().forward(x, sigma), 0.5)
+
+
+def test_dropout_does_not_enter_the_aim_of_continuous_time():
+    objective, some = ContinuousConsistency(adaptive=False, warmup=0.0), batch()
+    time = torch.linspace(0.02, 1.5, 64, dtype=torch.float64)
+    objective.times = lambda *_: time
+    losses = objective.errors(Dropping(), some)
+    assert (losses * 2 * SIGMA_DATA * time.tan()).max() < 1  # |g / (|g| + c)|^2, and nothing of another mask
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_both_sides_of_a_pair_drop_out_the_same(device):
+    class Masks(Dropping):
+        def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+            return nn.functional.dropout(torch.ones_like(x), 0.5) + 0 * self.unused
+
+    some = batch(256)
+    some = replace(some, arrays=some.arrays.to(device))
+    losses, guess = ImprovedConsistencyTraining().parts(Masks().to(device), some)
+    assert guess.unique().tolist() == [0.0, 2.0] and not losses.any()
+
+
+@pytest.mark.parametrize("objective", [ImprovedConsistencyTraining(), EasyConsistencyTuning(q=4.0)])
+def test_autocast_does_not_drown_the_difference_of_neighbours(objective):
+    model = denoiser(UNet(channels=8), (1, 8, 8), "edm").float()
+    some, found = collate(Collection(torch.randn(8, 1, 8, 8))[:8]), []
+    objective._progress = 0.99
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(objective.parts(model, some)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0)
+
+
+def test_sprints_critic_alone_sees_the_highest_level():
+    found = []
+    for highest in (0.0, 1.0):
+        run = as_run(tiny("flow"), points(32))
+        objective = SanaSprint(teacher="", highest=highest, adaptive=False)
+        objective._teacher = tiny("flow", seed=1)
+        objective._critic = Critic(objective._teacher).double()
+        objective._critic.eval()
+        some = step_of(objective, run)
+        made = objective.judged(run.model, some)
+        found.append((next(objective.turns(run.model, some)).metrics["consistency"], made))
+    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][1], found[1][1])
+
+
+def test_a_step_of_continuous_time_in_bf16():
+    model = denoiser(UNet(channels=8), (1, 8, 8)).float()
+    some, time = collate(Collection(torch.randn(2, 1, 8, 8))[:2]), torch.tensor([0.3, 1.0])
+    plain, _ = tangent(model, some.arrays, time, some.arrays, None, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, _ = tangent(model, some.arrays, time, some.arrays, None, 1.0)
+        loss = ContinuousConsistency(adaptive=False).errors(model, some).sum()
+    loss.backward()
+    assert torch.equal(plain, again)  # the derivative is taken without autocast
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def denoiser(plan: Any, shape: tuple[int, ...], kind: Any = "trigflow") -> Denoiser:
@@ -194,7 +264,7 @@ def test_ects_second_level_nears_the_first():
 def test_distances_are_their_formulas():
     left, right = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
     assert float(pseudo_huber(left, right, 12.0)) == pytest.approx(1.0)
-    assert float(cauchy(left, right, 1.0)) == pytest.approx(math.log(1 + 25 / 2))
+    assert float(cauchy(left, right, 1.0)) == pytest.approx(math.log(1 + 25 / 2 / 2))
 
 
 def test_matched_noise_is_the_cheapest_of_all_orders():
@@ -204,10 +274,34 @@ def test_matched_noise_is_the_cheapest_of_all_orders():
     assert tuple(nearest_noise(arrays, noise).tolist()) == min(costs, key=lambda order: costs[order])
 
 
+def test_the_scale_of_the_robust_distance_is_the_authors():
+    objective, found = RobustConsistencyTraining(end=640), []
+    for progress in (0.0, 0.15):
+        objective._progress = progress
+        found.append(objective.scale_now(4096))
+    assert found == pytest.approx([0.00054 * 64, math.sqrt(2) * math.exp(-1.15 * math.log(20) - 0.85)])
+
+
+def test_the_denoising_loss_is_the_mean_over_arrays_at_small_noise():
+    run, values = as_run(tiny("consistency"), points(64)), []
+    for strength in (0.0, 1.0):
+        objective = RobustConsistencyTraining(denoising=strength, early=0.5)
+        some = step_of(objective, run)
+        values.append(objective.loss(run.model, some)[0])
+    later = objective._later
+    small = later <= karras(11, 0.01, 5.0)[:-1].flip(0)[5]
+    noisy = some.arrays + later[:, None] * objective.normal(some)
+    scale = later * 0.7 / (later**2 + 0.49).sqrt()
+    errors = (run.model(noisy, later, some.labels) - some.arrays).square().mean(1) / scale**2
+    assert 0 < small.sum() < 64
+    torch.testing.assert_close((values[1] - values[0]) / 64, errors[small].mean())
+
+
 def test_matched_noise_is_still_that_noise():
     objective = RobustConsistencyTraining()
     items = Collection(gaussian().sample(16, torch.Generator().manual_seed(0))[0])[:16]
-    run = SimpleNamespace(recipe=SimpleNamespace(seed=0), step=0, total=10, model=SimpleNamespace(collate=collate))
+    model = SimpleNamespace(collate=collate, sigma_min=0.01, sigma_max=5.0)
+    run = SimpleNamespace(recipe=SimpleNamespace(seed=0), step=0, total=10, model=model)
     objective.before_step(run, items)
     matched = objective.normal(collate(items))
     plain = RobustConsistencyTraining(transport=False)
@@ -253,6 +347,20 @@ def test_the_first_place_on_a_path_of_noises_aims_at_the_generator_itself():
     aim, guess = model(10 * noise, sigma), model(10 * other, sigma)
     wanted = pseudo_huber(guess, aim, 0.00054 * math.sqrt(2)).sum()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_neighbours_on_a_path_of_noises_drop_out_the_same(monkeypatch):
+    class Masks(FlowMap):
+        classes = 4
+
+        def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+            return nn.functional.dropout(torch.ones_like(x), 0.5)
+
+    sides = []
+    monkeypatch.setattr(noise_consistency, "pseudo_huber", lambda *both: sides.extend(both[:2]) or both[0].sum(1))
+    NoiseConsistency(levels=50).loss(Masks(), batch(256))
+    same = (sides[0] == sides[1]).all(1)  # but at the first place, where what was drawn before is the aim
+    assert same.double().mean() > 0.9
 
 
 def test_quadrants_are_told_by_signs():

@@ -19,7 +19,7 @@ from hone import parts
 from hone.adapters.experts import Balance, Balanced, LLaVAMoLE, Loads, MoR, Routes, by_expert, routers_of, through, top
 from hone.adapters.host import adapted_layers
 from hone.adapters.lora import LoRA
-from hone.adapters.smore import SMoRE, Tree
+from hone.adapters.smore import Gate, SMoRE, Tree
 from hone.errors import HoneError
 
 
@@ -212,6 +212,19 @@ def test_the_balance_term_is_its_equation_and_least_where_loads_are_equal() -> N
         assert value == pytest.approx(0.5) if load[0] < 0.34 else value > 0.5
 
 
+@pytest.mark.parametrize("active", [1, 2, 3])
+def test_the_balance_term_of_a_tree_is_the_official_code_s(active: int) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(6, 4, 3, dtype=torch.float64)  # tokens, paths
+    gate = Gate(3, 5, active, 4, states).train()
+    routes = gate(states)
+    loads = F.one_hot(routes.experts, 5).double().flatten(0, -2).sum(0) / 24
+    gate.settle(gate.counts)
+    gate(states)
+    mean = (gate.query(states) @ gate.keys.T).softmax(-1).flatten(0, 1).mean(0)
+    torch.testing.assert_close(gate.taken() / 6, 5 * (loads * mean).sum(), rtol=0, atol=1e-12)
+
+
 def test_paths_of_one_token_count_as_one_token() -> None:
     each = torch.tensor([[0.7, 0.3], [0.2, 0.8], [0.6, 0.4]], dtype=torch.float64)
     paths = each[:, None].expand(3, 4, 2)
@@ -312,8 +325,9 @@ def test_a_run_is_the_same_in_micro_batches_and_with_recomputation(
         for row, other in zip(found[0], others, strict=True):
             for figure in ("loss", "penalty/balance", "busiest_expert", "grad_norm"):
                 assert other[figure] == pytest.approx(row[figure], rel=1e-9), figure
-    assert found[0][0]["penalty/balance"] == pytest.approx(0.5)
-    assert found[0][2]["penalty/balance"] != pytest.approx(0.5, abs=1e-4)
+    start = 0.5 * (2 if name == "smore" else 1)  # each of its gates chooses two children
+    assert found[0][0]["penalty/balance"] == pytest.approx(start)
+    assert found[0][2]["penalty/balance"] != pytest.approx(start, abs=1e-4)
 
 
 # ---- precision and refusals

@@ -48,6 +48,7 @@ def test_moving_an_image_leaves_black_behind() -> None:
 
 
 def test_fid_says_what_it_needs() -> None:
+    assert FID().most == 50_000  # of 2048 features: the covariance of 2,000 arrays would be singular
     assert _as_bytes(torch.tensor([-1.0, 0.0, 2.0]).view(3, 1, 1, 1))[:, :, 0, 0].tolist() == [
         [0] * 3,
         [128] * 3,

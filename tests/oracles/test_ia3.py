@@ -18,6 +18,7 @@ from hone.adapters.base import load_adapter
 from hone.adapters.host import adapted_layers
 from hone.adapters.scaling import IA3, BitFit
 from hone.errors import HoneError
+from hone.optimizers.standard import AdamW
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out:UserWarning"),
@@ -130,6 +131,17 @@ def test_ia3_trains_a_small_share_of_loras_parameters() -> None:
     IA3().attach(model)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count == 2 * (8 + 8 + 24)  # keys and values of two heads of width 4, channels
+
+
+def test_scales_do_not_decay_by_default() -> None:
+    model = llama()
+    IA3().attach(model)
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    (group,) = AdamW(lr=1e-3).groups(params)
+    assert group["weight_decay"] == 0 and len(group["params"]) == len(vectors(model)) > 0
+    shapes = [(3, 1), (1, 3), (1, 5, 1, 1), (), (2, 2), (1, 2, 1, 2)]  # the third is DoRA's of a convolution
+    others = AdamW(lr=1e-3).groups([("", nn.Parameter(torch.zeros(shape))) for shape in shapes])
+    assert [[tuple(p.shape) for p in g["params"]] for g in others] == [shapes[4:], shapes[:4]]
 
 
 class Unnamed(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from hone.objectives.mixture_scores import (
     ScoreOfMixtures,
     odds,
     shares,
+    shares_with_zeros,
     skew_discrimination,
     skew_gap,
     skew_persuasion,
@@ -226,11 +228,27 @@ def test_smt_and_smd_are_gradients_of_the_skew_divergence(share):
         gap = skew_gap(fake, both, real, a, weighed=False) / SIGMA**2
     torch.testing.assert_close(scene.gradient(drawn.clean[:, 0] * gap[:, 0]), expected)
     objective = scene.ready(MixtureDistillation(teacher="", weight="score", gan_weight=0.0))
-    objective.mixing, old = (lambda x, s, labels, _: old(x, s, labels, a)), objective.mixing
-    free = torch.full_like(a, (round(share * 1000) - 1 + 0.5) / 1000)  # draws this share
-    given = Drawn(drawn.clean, drawn.noise, drawn.noisy, drawn.sigma, drawn.place, None, free)
-    losses, _ = objective.losses(scene.model, given)
+    objective.share = lambda _: a
+    losses, _ = objective.losses(scene.model, drawn)
     torch.testing.assert_close(scene.gradient(losses), expected)
+
+
+def test_uni_instructs_settings_are_the_authors():
+    objective = UniInstruct(teacher="")
+    assert (objective.critic_updates, objective.most, objective.gan_critic_weight) == (1, 0.8, 1.0)
+
+
+@pytest.mark.parametrize("logit", [-20.0, 0.0, 20.0])
+def test_smds_generator_is_pulled_at_most_twice_as_hard_as_by_the_score(logit):
+    scene = Scene()
+    objective = scene.ready(MixtureDistillation(teacher=""))
+    objective._critic.forward = lambda x, *_: torch.full((len(x), 1), logit, dtype=torch.float64)
+    free = torch.linspace(0, 0.999999, len(scene.weights), dtype=torch.float64)
+    factor, _ = objective.factor(replace(scene.drawn, free=free))
+    assert float(factor.min()) >= 0 and float(factor.max()) <= 2
+    trained = shares_with_zeros(free, 0.25)
+    assert float((trained == 0).double().mean()) == pytest.approx(0.25, abs=0.001) and float(trained.max()) == 1
+    assert objective.gan_critic_weight == 1
 
 
 def test_weighed_gaps_of_all_shares_pull_alike():

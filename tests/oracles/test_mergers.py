@@ -52,6 +52,15 @@ def test_ties_trims_elects_and_joins() -> None:
     torch.testing.assert_close(weighed[:2], BASE[:2] + torch.tensor([(2 * 0.4 + 0.2) / 3, -0.3]))  # -0.6 outweighs 0.5
 
 
+def test_where_signs_cancel_the_tensors_most_frequent_sign_counts() -> None:
+    first, second = torch.tensor([-1.0, -1.0, 0.5]), torch.tensor([-1.0, -1.0, -0.5])
+    base = torch.zeros(3)
+    for sign in (1, -1):
+        found = Ties(density=1.0).merge("w", base, [sign * first, sign * second])
+        torch.testing.assert_close(found, sign * torch.tensor([-1.0, -1.0, -0.5]))
+    assert Ties(density=1.0).merge("w", base[:1], [first[2:], second[2:]]).tolist() == [-0.5]  # as in the authors' code
+
+
 def test_ties_equals_a_loop_over_entries() -> None:
     generator = torch.Generator().manual_seed(0)
     deltas, weights = torch.randn(4, 50, generator=generator, dtype=torch.float64), [1.0, 0.5, 2.0, 1.0]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from hone.adapters.ba_lora import BALoRA
+from hone.adapters.bottleneck import BottleneckAdapters
 from hone.adapters.lora import LoRA
 from hone.engine.devices import Cluster
 from hone.engine.loop import Player, Run, Trainer
 from hone.objectives.language import SFT
-from hone.penalties.activations import ActivationDensity
+from hone.penalties.activations import ActivationDensity, activation_modules
 from hone.penalties.outputs import SVD, Consistency, Diversity, covariance_off_diagonal, leading_share
 from hone.text.model import LanguageModel
 from hone.text.pack import Packed, Tree, pack
@@ -257,6 +258,13 @@ def test_the_density_is_the_paper_s(eps: float) -> None:
             assert parameter.grad is None or not parameter.grad.any()
         else:
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_activations_of_an_adapter_are_not_those_of_the_model() -> None:
+    model, _ = new_model()
+    BottleneckAdapters().attach(bare := LanguageModel.fresh(CONFIG, model.tokenizer).hf)
+    found = activation_modules(bare.model, None)
+    assert len(found) == 2 and all(a is layer.mlp.act_fn for a, layer in zip(found, bare.model.layers, strict=True))
 
 
 def test_a_relu_has_the_density_of_what_is_above_zero() -> None:

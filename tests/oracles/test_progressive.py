@@ -25,7 +25,11 @@ from hone.objectives.progressive import (
 )
 from hone.objectives.simple_distillation import SimpleDistillation, Steps, VariableDistillation
 from hone.solvers.base import Counted, levels
+from hone.solvers.edict import EDICT
+from hone.solvers.few import Multistep
+from hone.solvers.guidance import AdaptiveGuidance
 from hone.solvers.ode import DDIM, DPMSolverPP, Heun
+from hone.solvers.shifted import TimeShift
 from hone.solvers.simple import FewEuler, timestamps
 from oracles.known import Known, noise
 
@@ -205,6 +209,15 @@ def test_the_trajectory_of_the_teacher_is_that_of_its_solver(solver):
     for number, there in enumerate(found, start=1):
         whole = solver.solve(Counted(Known()), x, grid[: 4 * number + 1], None)
         torch.testing.assert_close(there, whole)
+
+
+@pytest.mark.parametrize(
+    "solver", [AdaptiveGuidance(), Multistep(), Heun(churn=5.0), DDIM(eta=1.0), TimeShift(), EDICT()]
+)
+def test_a_solver_whose_way_cannot_be_followed_is_refused(solver):
+    assert [option for option, _ in SimpleDistillation(teacher="truth", solver=solver).check()] == ["solver"]
+    for fits in (None, DPMSolverPP(order=3), Heun(), DDIM()):
+        assert not list(SimpleDistillation(teacher="truth", solver=fits).check())
 
 
 def test_the_student_of_as_many_steps_with_the_same_solver_has_no_loss():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from conformance.adapters import IDS, calibration, gpt2, llama, logits, move
 from hone.adapters.adalora import AdaLoRA, Allocation, Orthogonality, budget_at, triplet_layers
 from hone.adapters.base import load_adapter
+from hone.engine.loop import load_tensors, persistent_buffers
 from hone.errors import HoneError
 
 pytestmark = [
@@ -98,8 +99,9 @@ def test_adalora_trains_scores_and_allocates_as_peft_does(tmp_path: Path) -> Non
         pattern = theirs.peft_config["default"].rank_pattern
         if pattern is not None:
             ranks = {k.replace(".lora_E.default", ""): torch.tensor(kept) for k, kept in pattern.items()}
-            assert moves.kept.keys() == ranks.keys()
-            assert all(torch.equal(moves.kept[k], kept) for k, kept in ranks.items())
+            layers = triplet_layers(ours)
+            assert layers.keys() == ranks.keys()
+            assert all(torch.equal(layers[k].kept, kept) for k, kept in ranks.items())
             seen.add(row["rank"])
         for optimizer in optimizers:
             optimizer.step()
@@ -130,7 +132,8 @@ def test_adalora_files_go_both_ways_when_ranks_have_fallen(kind: Any, tmp_path: 
     move(adapter, ours)
     layers = triplet_layers(ours)
     moves = Allocation(adapter)
-    moves.kept = {n: torch.arange(4) < i % 5 for i, n in enumerate(layers)}  # 0 to 4 triplets, the first layer none
+    for i, layer in enumerate(layers.values()):
+        layer.kept.copy_(torch.arange(4) < i % 5)  # 0 to 4 triplets, the first layer none
     moves.on_end(SimpleNamespace(model=ours))  # type: ignore[arg-type]
     assert [layer.rank for layer in layers.values()] == [i % 5 for i in range(len(layers))]
     wanted = logits(ours)
@@ -148,6 +151,29 @@ def test_adalora_files_go_both_ways_when_ranks_have_fallen(kind: Any, tmp_path: 
     loaded.save(fresh, tmp_path / "again", base="the/base")
     first, second = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "again"))
     assert first["rank_pattern"] == second["rank_pattern"] and first["init_r"] == second["init_r"] == 4
+
+
+def test_weights_of_an_earlier_step_come_back_with_the_triplets_that_were_left_then() -> None:
+    model, adapter = llama(), AdaLoRA(rank=2, start_rank=4, interval=1)
+    adapter.attach(model)
+    move(adapter, model)
+    (moves,) = adapter.callbacks()
+    held = {**dict(model.named_parameters()), **dict(persistent_buffers(model))}
+    layers, run, states = list(triplet_layers(model).values()), SimpleNamespace(model=model, total=100), []
+    moves.on_start(run)  # type: ignore[arg-type]
+    for step in (40, 60):  # other sensitivities, a smaller budget
+        torch.manual_seed(step)
+        for running in (*moves.mean.values(), *moves.spread.values()):
+            running.uniform_()
+        run.step = step
+        moves.on_step(run, {})  # type: ignore[arg-type]
+        states.append(({name: t.detach().clone() for name, t in held.items()}, [int(la.kept.sum()) for la in layers]))
+    assert sum(states[0][1]) > sum(states[1][1])
+    load_tensors(held, states[0][0], "weights")  # as a run does that ends with its best weights
+    wanted = logits(model)
+    moves.on_end(run)  # type: ignore[arg-type]
+    assert [layer.rank for layer in layers] == states[0][1]
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-12)
 
 
 def test_adalora_convolutions_equal_peft_s(tmp_path: Path) -> None:

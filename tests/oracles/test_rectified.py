@@ -17,7 +17,10 @@ from hone.diffusion.networks import DiT, UNet
 from hone.diffusion.spatial import edges, high_pass
 from hone.errors import ModelError
 from hone.objectives.rectified import AnnealedReflow, FlowGuided, HighFrequency, Reflow, velocity_error
+from hone.solvers.guidance import LinearGuidance
+from hone.solvers.ode import DDIM
 from oracles.known import Known, noise
+from oracles.small_denoisers import as_run, points, tiny
 
 TOP = 20.0
 
@@ -51,6 +54,16 @@ def test_a_straight_coupling_has_no_loss_at_its_velocity(times):
     assert float(objective.loss(Known(), batch_of())[0]) > 1e-3
     one_step = Straight()(TOP * start, torch.tensor(TOP).double())
     torch.testing.assert_close(one_step, 0.7 * start)  # as it is drawn
+
+
+def test_solvers_that_prepare_make_pairs_too():
+    source = Points(density="ring", count=64, holdout=8, conditional=True)
+    run = as_run(tiny("flow", classes=source.classes), points(4))
+    run.recipe.build = lambda name: source
+    solver = LinearGuidance(of=DDIM(steps=4, guidance=2.0), fit=8)
+    objective = Reflow(teacher="truth", pairs=16, solver=solver)
+    objective.setup(run)
+    assert objective._clean.shape == (16, 2) and objective._clean.isfinite().all()
 
 
 def test_the_loss_is_that_of_flow_matching_between_the_pairs():

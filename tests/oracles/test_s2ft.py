@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from conformance.adapters import gpt2
 from hone.adapters.calibration import Calibration
 from hone.adapters.host import adapted_layers
 from hone.adapters.s2ft import S2FT, role_of
@@ -134,6 +135,8 @@ def test_s2ft_says_what_does_not_fit() -> None:
         S2FT(select="activation").attach(llama())
     with pytest.raises(HoneError, match="finds no layer for o"):
         S2FT(down=0.0, targets=["up_proj"]).attach(llama())
+    with pytest.raises(HoneError, match=r"finds no layer for v, gate .* v_proj, .*gate_proj; set the share"):
+        S2FT(v=0.5, gate=0.1).attach(gpt2())  # one matrix makes queries, keys and values, and there is no gate
     model = llama()
     model.config.num_attention_heads = 5
     with pytest.raises(HoneError, match=r"cannot tell the attention heads in 'model.layers.0.self_attn.o_proj'"):
@@ -145,6 +148,7 @@ def test_roles_are_known_across_architectures() -> None:
     known = {
         "transformer.h.0.attn.c_proj": "o", "transformer.h.0.mlp.c_proj": "down", "transformer.h.0.attn.c_attn": "qkv",
         "model.layers.3.self_attn.o_proj": "o", "gpt_neox.layers.1.attention.dense": "o",
+        "transformer.h.2.self_attention.dense": "o",
         "gpt_neox.layers.1.mlp.dense_4h_to_h": "down", "model.decoder.layers.0.fc2": "down",
         "bert.encoder.layer.0.attention.output.dense": "o", "lm_head": None,
     }  # fmt: skip

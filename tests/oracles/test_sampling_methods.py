@@ -11,13 +11,13 @@ import torch
 from hone.data.arrays import Points
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import Parameterisation
-from hone.diffusion.networks import MLP
+from hone.diffusion.networks import MLP, UNet
 from hone.distances.sets import Energy
 from hone.solvers.base import Counted
 from hone.solvers.edict import EDICT, ddim_inversion
 from hone.solvers.few import Multistep
 from hone.solvers.gamma import Gamma
-from hone.solvers.guidance import AdaptiveGuidance, LinearGuidance, fit_guess
+from hone.solvers.guidance import AdaptiveGuidance, Gated, LinearGuidance, Noises, fit_guess
 from hone.solvers.noise_search import NoiseSearch, best_of, neighbour
 from hone.solvers.ode import DDIM, Heun
 from hone.solvers.searched import AutoDiffusion, Evolution
@@ -77,6 +77,31 @@ def test_adaptive_guidance_ends_for_each_array_by_itself():
     together, _ = solver.sample(model, noise(60), labels)
     alone = torch.cat([solver.sample(model, noise(60)[i : i + 1], labels[i : i + 1])[0] for i in range(60)])
     close(together, alone, 1e-12)
+
+
+def test_guidance_takes_a_level_for_each_array():
+    torch.manual_seed(0)
+    model = Denoiser(UNet(channels=8).build((1, 4, 4), 3), Parameterisation("edm", 0.7), (1, 4, 4), classes=3).double()
+    x, labels = torch.randn(4, 1, 4, 4, dtype=torch.float64), torch.arange(4) % 3  # as many arrays as columns
+    sigma = torch.tensor([0.2, 0.5, 1.0, 3.0], dtype=torch.float64)
+    noises = Noises(model, labels, 2.5)
+    with torch.no_grad():
+        model.hf.leave.weight.normal_()
+        for asked in (Gated(model, labels, 2.5, 1.0), noises):
+            close(asked(x, sigma), model.guided(x, sigma, labels, 2.5), 1e-9)
+        close(noises.told[0], (x - model(x, sigma, labels)) / sigma[:, None, None, None], 1e-9)
+
+
+@pytest.mark.parametrize("around", [AdaptiveGuidance, LinearGuidance])
+def test_guidance_goes_around_time_shift(around):
+    source = Points(density="ring", count=64, holdout=8, conditional=True)
+    model, inside = tiny(source.classes), TimeShift(steps=4, guidance=2.0)
+    solver = around(of=inside, **({"every": 1, "fit": 8} if around is LinearGuidance else {"threshold": 1.0}))
+    solver.prepare(model, source)
+    made, _ = solver.sample(model, noise(2), torch.arange(2))
+    assert made.isfinite().all()
+    if around is AdaptiveGuidance:
+        close(made, inside.sample(model, noise(2), torch.arange(2))[0], 1e-9)
 
 
 def test_linear_guess_is_least_squares():

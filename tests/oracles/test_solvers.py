@@ -1,4 +1,4 @@
-"""Solvers against what is known: their order on a mixture's flow, diffusers' schedulers, variances."""
+"""Solvers against what is known: their order on a mixture's flow, diffusers' schedulers, variances; its networks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import pytest
 import torch
 from scipy import integrate
 
+from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import Parameterisation, karras
+from hone.diffusion.networks import DiffusersNetwork
+from hone.errors import HoneError
+from hone.objectives.continuous import tangent, trig_output
 from hone.solvers.base import Counted, levels
 from hone.solvers.few import Multistep
 from hone.solvers.ode import DDIM, DPMSolver, DPMSolverPP, Heun
@@ -111,6 +115,43 @@ def test_the_reference_flow_is_exact_on_one_gaussian():
     x = 5 * noise(20)
     wanted = x * math.sqrt((0.16 + 0.01) / (0.16 + 25))
     close(one.flow(x, 5.0, 0.1, steps=500), wanted, 1e-10)
+
+
+# --- diffusers' networks
+
+BLOCKS = {
+    "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [16],
+    "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
+}  # fmt: skip
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "norm_num_groups": 4}
+
+
+def test_continuous_time_passes_the_attention_of_diffusers():
+    network = DiffusersNetwork(config=BLOCKS).build((1, 8, 8), 0)
+    model = Denoiser(network, Parameterisation("trigflow", 0.7), (1, 8, 8))
+    x, time = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 1.0])
+    slope, value = tangent(model, x, time, x, None, 1.0)
+    assert slope.isfinite().all()
+    torch.testing.assert_close(value, trig_output(model, x, time, None).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_transformer_of_diffusers_knows_classes(classes):
+    model = DiffusersNetwork(kind="DiTTransformer2DModel", config=HEADS).build((1, 8, 8), classes).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    x, noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 0.2]), torch.tensor([0, -1])
+    found, again = model(x, noise, labels), model(x, noise, labels)
+    assert found.shape == x.shape and torch.equal(found, again)  # it drops no classes of its own
+    told = torch.isclose(found, model(x, noise)).flatten(1).all(1).tolist()
+    assert told == ([False, True] if classes else [True, True])
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "PixArtTransformer2DModel", "DDIMScheduler"])
+def test_networks_of_diffusers_that_want_more_are_refused(kind):
+    with pytest.raises(HoneError, match="use UNet2DModel or DiTTransformer2DModel"):
+        DiffusersNetwork(kind=kind, config={}).build((1, 8, 8), 0)
 
 
 # --- diffusers' schedulers

@@ -164,6 +164,15 @@ def test_weights_of_terms_are_ratios_of_gradients_over_a_whole_step():
     assert balance.weights["other"] == pytest.approx(float(first / (second + 1e-4)))
 
 
+def test_soundctms_weights_go_up_to_a_thousand():
+    layer = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    for cls, wanted in ((SoundTrajectory, 1000.0), (ConsistencyTrajectory, 5000.0)):
+        balance = cls(teacher="truth")._balance
+        balance.look({"main": 5000 * layer.sum(), "denoising": layer.sum()}, layer)
+        balance.settle(SimpleNamespace(sum=float))
+        assert balance.weights["denoising"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_gradient_passes_through_the_mean_and_stays_out_of_it():
     objective = ConsistencyTrajectory(teacher="truth", levels=6, denoising=0.0)
     objective._teacher = lambda x, sigma, labels=None: mixture().denoise(x, sigma)

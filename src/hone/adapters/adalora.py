@@ -43,6 +43,8 @@ class Triplets(LowRank):
         dropout: probability of dropping an input of Q in training.
     """
 
+    kept: Tensor  # (rank,) which triplets the last allocation has left; beside the weights, so that it goes with them
+
     def __init__(
         self, base: nn.Module, layout: Layout, *, rows: int, start_rank: int, target: int, alpha: float, dropout: float
     ) -> None:
@@ -52,18 +54,19 @@ class Triplets(LowRank):
         self.scale = alpha / (start_rank + _SOFT)
         self.lora_E = nn.Parameter(self.lora_A.new_zeros(1, 1))
         self.hold(rows)
-        outputs, inputs = self.matrix().shape
         with torch.no_grad():
-            self.lora_A.copy_(torch.randn(rows, inputs) * 0.02)
-            self.lora_B.copy_(torch.randn(outputs, rows) * 0.02)
+            self.lora_A.copy_(torch.randn(self.lora_A.shape) * 0.02)
+            self.lora_B.copy_(torch.randn(self.lora_B.shape) * 0.02)
 
     def hold(self, rows: int) -> None:
         """Make room for a number of triplets, which are zero; matrices are flat, as in PEFT's files."""
-        outputs, inputs = self.matrix().shape
-        self.rank = rows
+        weight = cast(Tensor, self.base_layer.weight)  # asked for here alone: few bits are dequantised for it
+        outputs, inputs = self.layout.matrix(weight).shape
+        self.rank, self.shapes = rows, self.layout.shapes(weight, rows)
         self.lora_A = nn.Parameter(self.lora_A.new_zeros(rows, inputs))
         self.lora_B = nn.Parameter(self.lora_B.new_zeros(outputs, rows))
         self.lora_E = nn.Parameter(self.lora_E.new_zeros(rows, 1))
+        self.register_buffer("kept", torch.ones(rows, dtype=torch.bool, device=self.lora_E.device))
 
     @torch.no_grad()
     def keep(self, kept: Tensor) -> None:
@@ -94,7 +97,7 @@ class Triplets(LowRank):
         """Add s P diag(E) Q x to an output in place."""
         if not self.rank:
             return out
-        down, up = self.layout.shapes(cast(Tensor, self.base_layer.weight), self.rank)
+        down, up = self.shapes
         scaled = (self.lora_A * self.lora_E).view(down)
         inner = self.layout.project(self.base_layer, rows, scaled.to(out.dtype))
         return self.layout.add(out, inner, self.lora_B.view(up).to(out.dtype), self.scale)
@@ -149,7 +152,6 @@ class Allocation(Callback):
         self.options = options
         self.mean: dict[str, Tensor] = {}
         self.spread: dict[str, Tensor] = {}
-        self.kept: dict[str, Tensor] = {}
 
     def on_start(self, run: Run) -> None:
         """Begin the running means at zero, or put resumed ones where the weights are."""
@@ -176,26 +178,25 @@ class Allocation(Callback):
         """Take values away when it is time to."""
         first, last = self._spans(run)
         step, final = run.step, run.total - last
+        layers = triplet_layers(run.model)
         if step == final or (first < step < final and step % self.options.interval == 0):
-            layers = triplet_layers(run.model)
             start, target = sum(layer.rank for layer in layers.values()), self.options.rank * len(layers)
             self.allocate(layers, budget_at(step, run.total, start, min(start, target), first, last))
             self._apply(layers)
         elif step > final:
-            self._apply(triplet_layers(run.model))
-        if self.kept:
-            row["rank"] = sum(int(kept.sum()) for kept in self.kept.values()) / len(self.kept)
+            self._apply(layers)
+        row["rank"] = sum(int(layer.kept.sum()) for layer in layers.values()) / len(layers)
         if step == final:
             self.mean.clear()
             self.spread.clear()
 
     def on_end(self, run: Run) -> None:
-        """Drop the triplets that the last allocation has left out."""
+        """Drop the triplets that the last allocation before these weights, which may be the best ones, has left out."""
         layers = triplet_layers(run.model)
         self._apply(layers)
-        for name, kept in self.kept.items():
-            if len(kept) == layers[name].rank and not isinstance(layers[name].lora_E, DTensor):
-                layers[name].keep(kept.to(layers[name].lora_E.device))
+        for layer in layers.values():
+            if not isinstance(layer.lora_E, DTensor) and not layer.kept.all():
+                layer.keep(layer.kept)
 
     @torch.no_grad()
     def allocate(self, layers: dict[str, Triplets], budget: int) -> None:
@@ -209,7 +210,8 @@ class Allocation(Callback):
         every = torch.cat(list(scores.values()))
         out = len(every) - budget
         bar = every.kthvalue(out).values if out > 0 else every.new_tensor(-math.inf)
-        self.kept = {name: score > bar for name, score in scores.items()}
+        for name, score in scores.items():
+            layers[name].kept.copy_(score > bar)
 
     def scores(self, name: str) -> Tensor:
         """Return the score of every triplet of a layer, (rank,).
@@ -226,11 +228,8 @@ class Allocation(Callback):
     @torch.no_grad()
     def _apply(self, layers: dict[str, Triplets]) -> None:
         """Set the values to zero that were left out."""
-        for name, kept in self.kept.items():
-            values = layers[name].lora_E
-            if len(values) == len(kept):
-                masked = _whole(values).masked_fill(~kept.to(values.device)[:, None], 0.0)
-                sharding.copy_into(values.data, masked)
+        for layer in layers.values():
+            sharding.copy_into(layer.lora_E.data, _whole(layer.lora_E).masked_fill(~layer.kept[:, None], 0.0))
 
     def _spans(self, run: Run) -> tuple[int, int]:
         """Return t_i and t_f in steps."""
@@ -242,8 +241,8 @@ class Allocation(Callback):
         return cast(list[tuple[str, nn.Parameter]], found)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running means and which triplets are left."""
-        return {"mean": dict(self.mean), "spread": dict(self.spread), "kept": dict(self.kept)}
+        """Return the running means; which triplets are left stands beside the weights."""
+        return {"mean": dict(self.mean), "spread": dict(self.spread)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state.
@@ -251,7 +250,7 @@ class Allocation(Callback):
         Args:
             state: as `state_dict` returned it; its running means are copied when the run starts.
         """
-        self.mean, self.spread, self.kept = dict(state["mean"]), dict(state["spread"]), dict(state["kept"])
+        self.mean, self.spread = dict(state["mean"]), dict(state["spread"])
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,8 @@ from hone.penalties.outputs import SVD, Consistency, Course, Diversity, Form, Ro
     claim="Three terms on the outputs, beside PiSSA's start, make fine-tuning more accurate and keep it from passing "
     "on the biases and the noise of the pretraining data.",
     deviations="The strengths are the paper's for Llama 2 7B. The term of the logit matrix looks at 256 trained tokens "
-    "of a micro-batch at most. See the penalties consistency, diversity and svd, which work with other adapters too.",
+    "of a micro-batch at most. With dropout, A0 too sees the thinned input, as pissa says; the official scripts train "
+    "with weight_decay 0. See the penalties consistency, diversity and svd, which work with other adapters too.",
 )
 @dataclass(kw_only=True)
 class BALoRA(PiSSA):

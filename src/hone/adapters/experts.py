@@ -172,7 +172,8 @@ class Balance(Penalty):
     """Keep the experts equally busy.
 
     strength * mean over routers of K sum_e f_e sum_t p_te, of which the loop takes the mean over tokens; at equal loads
-    it is `strength`, and less is possible only where a router prefers the experts that it chooses less.
+    it is `strength`, and less is possible only where a router prefers the experts that it chooses less. S'MoRE's gates
+    multiply theirs by the number of children that they choose.
 
     Args:
         strength: factor on the term.

@@ -40,8 +40,9 @@ class Projected(Wrapped):
         """Decompose the weight, in float32 or wider."""
         super().__init__(base, layout)
         self.rank = rank
-        matrix = self.matrix().detach()
-        matrix = wide(matrix)
+        weight = cast(Tensor, base.weight)
+        self.shapes = layout.shapes(weight, rank)  # asked for once: few bits would be dequantised
+        matrix = wide(layout.matrix(weight).detach())
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         self.register_buffer("lora_A", right[:rank].contiguous())
         self.lora_S = nn.Parameter(torch.diag(values[:rank]))
@@ -58,7 +59,7 @@ class Projected(Wrapped):
 
     def _shaped(self) -> tuple[Tensor, Tensor]:
         """Return both factors in the shapes that the layout wants."""
-        down, up = self.layout.shapes(cast(Tensor, self.base_layer.weight), self.rank)
+        down, up = self.shapes
         return self.lora_A.view(down), self.moved().view(up)
 
     def adapted(self, x: Tensor) -> Tensor:

@@ -80,12 +80,15 @@ class Speaking(Steering):
     def listen(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the languages from the plan of a packed batch; a hook that runs before the decoder.
 
+        A pass of the base alone leaves them: layers of the pass before may run again in its backward pass.
+
         Args:
             decoder: the model without its head.
             args: positional arguments of its forward.
             kwargs: keyword arguments of its forward.
         """
-        self.tokens = getattr(kwargs.get("plan"), _LANGUAGES, None)
+        if self.active:
+            self.tokens = getattr(kwargs.get("plan"), _LANGUAGES, None)
 
 
 class LanguageBottleneck(Wrapped):

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -21,10 +22,13 @@ from hone.parts import part
 from hone.precision import wide_dtype
 
 _SIDE = "hone_side"  # name under which a model holds its side network
+# What architectures call the heads of keys and values, and the width of the feed-forward network.
+_SHARED_HEADS = ("num_key_value_heads", "num_kv_heads")
+_INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 
 
 class Downsample(nn.Module):
-    """Narrow a hidden state: a low-rank product and a norm, or a pooling without parameters."""
+    """Narrow a hidden state: norm(B silu(A h)) with A (rank, width), or a pooling without parameters."""
 
     def __init__(self, width: int, narrow: int, rank: int, kind: str) -> None:
         """Make the module.
@@ -45,7 +49,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., narrow)."""
         if self.kind == "low-rank":
-            return self.norm(self.up(self.down(x)))
+            return self.norm(self.up(F.silu(self.down(x))))
         pool = F.adaptive_avg_pool1d if self.kind == "average" else F.adaptive_max_pool1d
         return pool(x.flatten(0, -2), self.narrow).view(*x.shape[:-1], self.narrow)
 
@@ -67,9 +71,8 @@ class SideNetwork(nn.Module):
         """
         super().__init__()
         backbone = decoder_of(model)
-        config = _narrow_config(backbone.config, reduction)
-        width, narrow = backbone.config.hidden_size, config.hidden_size
-        self.network = type(backbone)(config)
+        self.network = _narrow_network(backbone, reduction)
+        width, narrow = backbone.config.hidden_size, self.network.config.hidden_size
         for module in self.network.modules():
             if isinstance(module, nn.Embedding):  # tokens and positions are in the backbone's states already
                 nn.init.zeros_(module.weight)
@@ -82,20 +85,26 @@ class SideNetwork(nn.Module):
         first = next(model.parameters())
         self.to(dtype=wide_dtype(first), device=first.device)
         self.enabled = True
-        self.kept: list[Tensor] = []
-        self._handles = [backbone.get_input_embeddings().register_forward_hook(self._keep)]
-        self._handles += [layer.register_forward_hook(self._keep) for _, layer in blocks]
+        self.kept: dict[int, Tensor] = {}  # the narrowed states of the pass in progress, 0 the embeddings
+        read = [backbone.get_input_embeddings(), *(layer for _, layer in blocks)]
+        self._handles = [module.register_forward_hook(partial(self._keep, index)) for index, module in enumerate(read)]
         self._handles += [
             layer.register_forward_pre_hook(self._mixed(index), with_kwargs=True)
             for index, (_, layer) in enumerate(decoder_blocks(self.network))
         ]
         self._handles.append(backbone.register_forward_hook(self._after, with_kwargs=True))
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Narrow the output of the embeddings or of a layer."""
+    def _keep(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Narrow the output of the embeddings or of a layer.
+
+        A layer that runs again inside the backward pass, to save memory, narrows again, for the gradients of its
+        downsampler; what it gives then belongs to no pass.
+        """
         if self.enabled:
             state = output[0] if isinstance(output, tuple) else output
-            self.kept.append(self.downsample[len(self.kept)](state.detach().to(self.gate.dtype)))
+            narrowed = self.downsample[index](state.detach().to(self.gate.dtype))
+            if torch._C._current_graph_task_id() == -1:
+                self.kept[index] = narrowed
 
     def _mixed(self, index: int) -> Any:
         """Return the hook that mixes a layer's input: z q + (1 - z) down(h), z the sigmoid of what is learned."""
@@ -118,10 +127,35 @@ class SideNetwork(nn.Module):
         try:
             side = self.network(inputs_embeds=self.kept[0], use_cache=False, **passed).last_hidden_state
         finally:
-            self.kept = []
+            self.kept = {}
         hidden = output.last_hidden_state
         output.last_hidden_state = (self.gate * hidden + (1 - self.gate) * self.upsample(side)).to(hidden.dtype)
         return output
+
+
+def _narrow_network(backbone: Any, reduction: int) -> Any:
+    """Return the network of a backbone, narrower and fresh, after a trial that it computes.
+
+    Raises:
+        HoneError: the architecture cannot be had narrower this way, or the backbone's states have several widths.
+    """
+    config = _narrow_config(backbone.config, reduction)
+    embedded, width = backbone.get_input_embeddings().embedding_dim, backbone.config.hidden_size
+    kind = type(backbone).__name__
+    if embedded != width:
+        raise HoneError(f"adapter 'qst' needs embeddings as wide as the layers; those of this {kind} have {embedded} "
+                        f"features, its layers {width}")  # fmt: skip
+    try:
+        network = type(backbone)(config).eval()
+        network.config._attn_implementation = "eager"  # hone's own needs a plan
+        with torch.no_grad():
+            states = torch.zeros(1, 2, config.hidden_size, dtype=network.dtype, device=network.device)
+            network(inputs_embeds=states, use_cache=False)
+    except Exception as error:
+        raise HoneError(f"adapter 'qst' cannot make a {kind} {reduction} times narrower: {error}; try another "
+                        "adapter.reduction or another adapter") from error  # fmt: skip
+    network.config._attn_implementation = backbone.config._attn_implementation
+    return network
 
 
 def _narrow_config(config: Any, reduction: int) -> Any:
@@ -132,14 +166,20 @@ def _narrow_config(config: Any, reduction: int) -> Any:
         raise HoneError(f"adapter.reduction: {reduction} does not divide the model's width, {config.hidden_size}")
     # Rotary embeddings need an even width of the heads.
     heads = next((h for h in range(heads, 0, -1) if width % h == 0 and (width // h) % 2 == 0), 1)
-    shared = getattr(config, "num_key_value_heads", heads) or heads
     small.hidden_size, small.num_attention_heads = width, heads
-    if hasattr(config, "num_key_value_heads"):
-        small.num_key_value_heads = next(h for h in range(min(shared, heads), 0, -1) if heads % h == 0)
-    if getattr(config, "head_dim", None) is not None:
+    own = vars(config)  # what is no field, as Falcon's head_dim, follows from the others
+    for name in _SHARED_HEADS:
+        if name in own:
+            setattr(small, name, next(h for h in range(min(own[name] or heads, heads), 0, -1) if heads % h == 0))
+    for name in _INNER:
+        if own.get(name) is not None:
+            setattr(small, name, max(1, own[name] // reduction))
+    if own.get("head_dim") is not None:
         small.head_dim = width // heads
-    if getattr(config, "intermediate_size", None) is not None:
-        small.intermediate_size = max(1, config.intermediate_size // reduction)
+    if own.get("rotary_dim") is not None:  # GPT-J turns so many features of a head
+        small.rotary_dim = min(own["rotary_dim"], width // heads)
+    if "word_embed_proj_dim" in own:  # OPT's embeddings
+        small.word_embed_proj_dim = width
     small.vocab_size, small.pad_token_id = 1, None  # it never sees a token
     return small
 
@@ -166,13 +206,14 @@ class QST(Host):
 
     q_0 = down_0(embeddings);  q_l = layer_l(z_l q_(l-1) + (1 - z_l) down_l(h_l));  h' = a h_L + (1 - a) up(q_L)
 
-    with h_l the frozen layers' outputs, z_l = sigmoid of a learned vector that starts at 0.5, and a a learned vector
-    that starts at 1, so that the model is the base at first. No gradient passes through the frozen layers.
+    with down(h) = norm(B silu(A h)), h_l the frozen layers' outputs, z_l = sigmoid of a learned vector that starts at
+    0.5, and a a learned vector that starts at 1, so that the model is the base at first. No gradient passes through the
+    frozen layers.
 
     Args:
         reduction: how many times narrower than the model the side network is.
         rank: rank of the downsamplers.
-        downsample: "low-rank" products that train, or poolings without parameters.
+        downsample: "low-rank" ones that train, or poolings without parameters.
         gate_rate: factor on the learning rate of a.
         quantize: format of the frozen linear layers; "none" leaves them.
         targets: not used: the side network reads every layer.

@@ -25,7 +25,15 @@ ROLES: dict[Role, tuple[str, ...]] = {
     "k": ("k_proj", "key", "k_lin"),
     "v": ("v_proj", "value", "v_lin"),
     "qkv": ("attn.c_attn", "query_key_value", "qkv_proj"),
-    "o": ("o_proj", "out_proj", "attn.c_proj", "attention.dense", "attention.output.dense", "self_attn.dense"),
+    "o": (
+        "o_proj",
+        "out_proj",
+        "attn.c_proj",
+        "attention.dense",
+        "attention.output.dense",
+        "self_attn.dense",
+        "self_attention.dense",
+    ),
     "up": ("up_proj", "mlp.c_fc", "fc1", "dense_h_to_4h", "fc_in"),
     "gate": ("gate_proj",),
     "down": ("down_proj", "mlp.c_proj", "fc2", "dense_4h_to_h", "fc_out"),
@@ -162,7 +170,7 @@ class S2FT(Host):
             model: a plain network.
 
         Raises:
-            HoneError: every share is 0, or no layer has a name that tells its role.
+            HoneError: every share is 0, or a share above 0 is of a role that no layer's name tells.
         """
         wanted: tuple[Role, ...] = tuple(
             role for role in ROLES if role != "qkv" and getattr(self, role) > 0
@@ -170,10 +178,11 @@ class S2FT(Host):
         if not wanted:
             raise HoneError("adapter 's2ft': every share is 0; set one of q, k, v, o, up, gate, down above 0")
         names = [name for name in super().chosen(model) if role_of(name) in wanted]
-        if not names:
+        found = {role_of(name) for name in names}
+        if missing := tuple(role for role in wanted if role not in found):
             raise HoneError(
-                f"adapter 's2ft' finds no layer for {', '.join(wanted)} among its targets; it knows them by the names "
-                f"{known_names(wanted)}"
+                f"adapter 's2ft' finds no layer for {', '.join(missing)} among its targets; it knows them by the names "
+                f"{known_names(missing)}; set the share of what the model does not have to 0"
             )
         return names
 

@@ -161,8 +161,9 @@ class LowRankEntries(Penalty):
     "do before than LoRA does, at much lower memory.",
     deviations="Only weights of linear and convolutional layers (adapter.targets), not norms and biases. As in the "
     "authors' code the norm is that of the trained weights themselves, not of their change, and one layer is drawn per "
-    "step. The values of entries that no longer train stay in the vector, with a zero gradient, so memory does not "
-    "fall after the reselection; what Adam knew of all entries is forgotten then.",
+    "step; here of all adapted layers, there of the matrices whose sizes are both above 64. The values of "
+    "entries that no longer train stay in the vector, with a zero gradient, so memory does not fall after the "
+    "reselection; what Adam knew of all entries is forgotten then.",
 )
 @dataclass(kw_only=True)
 class SaRA(Host):

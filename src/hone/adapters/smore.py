@@ -51,6 +51,11 @@ class Gate(Balanced):
         self.watch(found, routes.experts)
         return routes
 
+    def taken(self) -> Tensor | None:
+        """Return f K sum_e f_e sum_t p_te: the loads f f_e of the official code add up to f, not to 1."""
+        term = super().taken()
+        return None if term is None else self.active * term
+
 
 class Tree(Wrapped):
     """W x + b + V h_L, where h_L is the root of the tree of experts that was chosen for x.

@@ -63,9 +63,9 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: Sparse) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.layer, ctx.bias = layer, None if bias is None else bias.dtype
-        out = x.new_empty(len(x), layer.outputs)
+        out, base = x.new_empty(len(x), layer.outputs), layer.matrix()  # once: few bits are dequantised as a whole
         for piece in layer.pieces():
-            torch.mm(x, layer.rows_of(piece, values, x.dtype).t(), out=out[:, piece.rows])
+            torch.mm(x, layer.rows_of(piece, base, values, x.dtype).t(), out=out[:, piece.rows])
         return out if bias is None else out.add_(bias.to(out.dtype))
 
     @staticmethod
@@ -73,12 +73,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, values = ctx.saved_tensors
         layer: Sparse = ctx.layer
-        to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        to_x, base = (torch.zeros_like(x), layer.matrix()) if ctx.needs_input_grad[0] else (None, None)
         to_values = torch.empty_like(values) if ctx.needs_input_grad[1] else None
         for piece in layer.pieces():
             part_ = gradient[:, piece.rows]
-            if to_x is not None:
-                to_x.addmm_(part_, layer.rows_of(piece, values, x.dtype))
+            if to_x is not None and base is not None:
+                to_x.addmm_(part_, layer.rows_of(piece, base, values, x.dtype))
             if to_values is not None:
                 layer.keep(piece, part_.t() @ x, to_values)
         to_bias = gradient.sum(0).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
@@ -168,16 +168,17 @@ class Sparse(Wrapped):
             entries = slice(edges[number], edges[number + 1])
             yield Piece(rows, entries, start * self.inputs, number == len(starts) - 1)
 
-    def rows_of(self, piece: Piece, values: Tensor, dtype: torch.dtype) -> Tensor:
+    def rows_of(self, piece: Piece, base: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows of W', (rows, in).
 
         Args:
             piece: which.
+            base: W, (out, in).
             values: (n,) the values that train.
             dtype: of the result.
         """
-        base = self.matrix()[piece.rows]
-        made = values.new_empty(base.shape).copy_(base)
+        own = base[piece.rows]
+        made = values.new_empty(own.shape).copy_(own)
         chosen = self.index[piece.entries].long() - piece.start
         made.view(-1).index_add_(0, chosen, self.total(values)[piece.entries])
         return made.to(dtype)
@@ -204,7 +205,8 @@ class Sparse(Wrapped):
         """
         base = cast(Tensor, self.base_layer.weight)
         everything = Piece(slice(0, self.outputs), slice(0, len(values)), 0, True)
-        made = self.rows_of(everything, values, x.dtype if x.is_floating_point() else base.dtype)
+        dtype = x.dtype if x.is_floating_point() else base.dtype
+        made = self.rows_of(everything, self.layout.matrix(base), values, dtype)
         return self.layout.stored(made, base.shape)
 
     def call(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

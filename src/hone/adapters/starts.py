@@ -60,8 +60,10 @@ class FromWeight(LoRA):
     claim="Starting the factors at the largest singular values of the weight converges faster, and ends better, than "
     "LoRA's start.",
     deviations="The base weight stays what it is and the start's product is taken off the adapter's instead: the same "
-    "function and the same gradients, but the base can be had back to the bit. The decomposition is exact, in float32 "
-    "or wider.",
+    "function and the same gradients, but the base can be had back to the bit. With dropout, A0 too "
+    "sees the thinned input, W x + s (B A - B0 A0) drop(x), where the official residual sees all of it, "
+    "(W - s B0 A0) x + s B A drop(x). The official scripts train with weight_decay 0. The decomposition is "
+    "exact, in float32 or wider.",
 )
 @dataclass(kw_only=True)
 class PiSSA(FromWeight):
@@ -92,7 +94,9 @@ class PiSSA(FromWeight):
     claim="Starting the factors from a QR decomposition of the weight, one of them orthonormal, converges faster, and "
     "ends better, than LoRA's start.",
     deviations="The base weight stays what it is and the start's product is taken off the adapter's instead: the same "
-    "function and the same gradients, but the base can be had back to the bit.",
+    "function and the same gradients, but the base can be had back to the bit. With dropout, A0 too "
+    "sees the thinned input, W x + s (B A - B0 A0) drop(x), where the official residual sees all of it, "
+    "(W - s B0 A0) x + s B A drop(x). The official scripts train with weight_decay 0.",
 )
 @dataclass(kw_only=True)
 class OLoRA(FromWeight):
@@ -232,8 +236,11 @@ def oriented(weight: Tensor, covariance: Tensor, rank: int, scale: float, *, lar
     claim="Decomposing weights in the context of some data finds what of them to train: what matters most for a task "
     "learns it faster than LoRA does, and what matters least for other text forgets less of it.",
     deviations="The base weight stays what it is and the start's product is taken off the adapter's instead: the same "
-    "function and the same gradients, but the base can be had back to the bit. Decomposed in float64 without the "
-    "inverse of the covariance. What is to be kept is the recipe's general data instead of questions and answers. "
+    "function and the same gradients, but the base can be had back to the bit. With dropout, A0 too "
+    "sees the thinned input, W x + s (B A - B0 A0) drop(x), where the official residual sees all of it, "
+    "(W - s B0 A0) x + s B A drop(x). The official scripts train with weight_decay 0. Decomposed in float64 "
+    "without the inverse of the covariance. What is to be kept is the recipe's general data instead of questions and "
+    "answers. "
     "The unit of the covariance, on which the balance of A and B depends, is by default its mean variance; that of the "
     "official code, `unit: largest`, grows with the tokens of a batch. Embeddings and convolutions start as LoRA's do.",
 )

@@ -44,6 +44,8 @@ class Triangular(Wrapped):
         weight = cast(Tensor, base.weight)
         self.sizes, self.scale, self.live = sizes, scale, len(sizes)
         outputs, inputs = layout.matrix(weight).shape
+        down, up = layout.shapes(weight, 1)  # asked for once: few bits would be dequantised
+        self._tails = down[1:], up[2:]
         kind: Any = {"dtype": wide_dtype(weight), "device": weight.device}
         groups: tuple[list[nn.Parameter], ...] = ([], [], [], [])
         before = 0
@@ -96,17 +98,19 @@ class Triangular(Wrapped):
     def adapted(self, x: Tensor) -> Tensor:
         """Return W x + b + s B C A x, the low-rank term added in place."""
         layout, base = self.layout, self.base_layer
-        shapes = layout.shapes(cast(Tensor, base.weight), self.rank)
         rows = layout.rows(x)
         out = layout.output(base, rows)
-        down, up = (factor.view(shape).to(out.dtype) for factor, shape in zip(self.pair(), shapes, strict=True))
+        down, up = (factor.to(out.dtype) for factor in self._shaped())
         return layout.restore(layout.add(out, layout.project(base, rows, down), up, self.scale), x)
 
     def factors(self) -> Factors | None:
         """Return C A and B as the factors of a plain LoRA."""
-        shapes = self.layout.shapes(cast(Tensor, self.base_layer.weight), self.rank)
-        down, up = (factor.reshape(shape) for factor, shape in zip(self.pair(), shapes, strict=True))
-        return Factors(down, up, self.scale * self.rank)
+        return Factors(*self._shaped(), self.scale * self.rank)
+
+    def _shaped(self) -> tuple[Tensor, Tensor]:
+        """Return C A and B in the shapes that the layout wants."""
+        down, up = self.pair()
+        return down.reshape(-1, *self._tails[0]), up.reshape(*up.shape, *self._tails[1])
 
 
 def assemble(lower: list[Tensor], upper: list[Tensor]) -> Tensor:

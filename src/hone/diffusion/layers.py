@@ -398,13 +398,27 @@ class Transformer(Conditioned):
         return x.permute(0, 1 + len(sides), *order).reshape(len(rows), *self.shape)
 
 
+def _contiguous(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The forward derivative of group_norm takes no transposed array, which attention leaves behind."""
+    return (given[0].contiguous(), *given[1:])
+
+
 class Diffusers(nn.Module):
     """One of diffusers' networks: UNet2DModel and whatever is called as network(x, timestep, class_labels=...)."""
 
-    def __init__(self, network: nn.Module, classes: int) -> None:
-        """Wrap a network; its noise input is `1000 c_noise`, whatever the parameterisation's c_noise is."""
+    def __init__(self, network: nn.Module, classes: int, always: bool = False) -> None:
+        """Wrap a network; its noise input is `1000 c_noise`, whatever the parameterisation's c_noise is.
+
+        Args:
+            network: of diffusers.
+            classes: of the data, 0 for none.
+            always: whether it is told a class, the first one, where the data has none.
+        """
         super().__init__()
-        self.network, self.classes = network, classes
+        self.network, self.classes, self.told = network, classes, always or classes > 0
+        for module in network.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(_contiguous)
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None, extras: Tensor | None = None) -> Tensor:
         """Return F (B, *shape).
@@ -418,7 +432,7 @@ class Diffusers(nn.Module):
         if extras is not None:
             raise HoneError("this objective shows its network a second number, which diffusers' networks do not take")
         given: dict[str, Any] = {}
-        if self.classes:
+        if self.told:
             given["class_labels"] = rows_of(labels, noise, self.classes)
         found: Any = self.network(x, 1000 * noise, **given)
         return found.sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -142,7 +143,7 @@ class DiffusersNetwork(Network):
     """A network of the diffusers library, fresh from a configuration.
 
     Args:
-        kind: its class, e.g. UNet2DModel.
+        kind: its class, UNet2DModel, DiTTransformer2DModel or whatever else is told a timestep and class_labels only.
         config: its options, in the words of diffusers; sizes and channels follow from the data.
     """
 
@@ -158,7 +159,7 @@ class DiffusersNetwork(Network):
             classes: of the data, 0 for none.
 
         Raises:
-            HoneError: diffusers is not installed, or has no such class.
+            HoneError: diffusers is not installed, or has no such class, or it is called with more than we have.
         """
         try:
             import diffusers
@@ -170,5 +171,21 @@ class DiffusersNetwork(Network):
         if found is None:
             raise HoneError(f"model.network.kind: diffusers {diffusers.__version__} has no class '{self.kind}'")
         sizes = {"sample_size": shape[-1], "in_channels": shape[0], "out_channels": shape[0]}
-        classes_of = {"num_class_embeds": classes + 1} if classes else {}
-        return Diffusers(found(**{**sizes, **classes_of, **self.config}), classes)
+        asked = list(inspect.signature(getattr(found, "forward", found)).parameters.values())
+        needed = [one.name for one in asked[3:] if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+        if needed or not {"timestep", "class_labels"} <= {one.name for one in asked}:
+            why = f"it needs {', '.join(needed)}" if needed else "it takes no such arguments"
+            raise HoneError(
+                f"model.network.kind: '{self.kind}' cannot be called as network(x, timestep, class_labels=...): {why}; "
+                "use UNet2DModel or DiTTransformer2DModel"
+            )
+        always = "num_embeds_ada_norm" in inspect.signature(found).parameters  # its blocks have no way without a class
+        if always:  # it keeps a row more for "none" itself
+            classes_of = {"num_embeds_ada_norm": max(1, classes)}
+        else:
+            classes_of = {"num_class_embeds": classes + 1} if classes else {}
+        network = found(**{**sizes, **classes_of, **self.config})
+        for module in network.modules():
+            if hasattr(module, "token_drop"):  # its own, for 10% in training: objectives say which classes are left out
+                module.dropout_prob = 0.0
+        return Diffusers(network, classes, always)

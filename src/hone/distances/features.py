@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.encoders import DIGIT_SHAPE, digit_network
@@ -53,10 +54,14 @@ class DigitFrechet(Distance):
 class FID(Distance):
     """The Fréchet inception distance of images in [-1, 1], by torchmetrics when that is installed.
 
+    Fewer arrays than features make a singular covariance, and distances of other numbers of arrays do not compare.
+
     Args:
+        most: arrays of each set that are compared, the first ones; 50,000 are usual.
         features: of the Inception network that are compared: 64, 192, 768 or 2048.
     """
 
+    most: Annotated[int, Field(ge=2)] = 50_000
     features: int = 2048
 
     def __call__(self, generated: Tensor, real: Tensor) -> float:

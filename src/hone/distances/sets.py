@@ -139,19 +139,24 @@ def mmd(left: Tensor, right: Tensor, scale: float, exponents: list[float]) -> Te
         scale: unit of distance.
         exponents: the kernels' exponents, which are added up.
     """
+    dtype = torch.float32 if left.device.type == "mps" else torch.float64  # which mps has not
+    rows, others = left.to(dtype), right.to(dtype)
 
     def kernel(one: Tensor, two: Tensor) -> Tensor:
-        squared = (one[:, None] - two[None]).square().sum(-1) / scale**2
-        found = [(1 + squared / (2 * exponent)) ** -exponent for exponent in exponents]
-        return torch.stack(found).sum(0)
+        # differences of all pairs would take N M d numbers; as a product, small distances are left to float64
+        squared = one.square().sum(1)[:, None] + two.square().sum(1) - 2 * one @ two.T
+        squared, found = squared.clamp(min=0) / scale**2, torch.zeros_like(squared)
+        for exponent in exponents:
+            found = found + (1 + squared / (2 * exponent)) ** -exponent
+        return found
 
-    own, other, across = kernel(left, left), kernel(right, right), kernel(left, right)
+    own, other, across = kernel(rows, rows), kernel(others, others), kernel(rows, others)
     n, m = len(left), len(right)
     return (
         (own.sum() - own.diagonal().sum()) / (n * (n - 1))
         + (other.sum() - other.diagonal().sum()) / (m * (m - 1))
         - 2 * across.mean()
-    )
+    ).to(left)
 
 
 @dataclass(kw_only=True)

@@ -47,14 +47,17 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 def agreed(deltas: Tensor, weights: Tensor) -> Tensor:
     """Return the mean of the changes whose sign is the one that weighs more, entry by entry (TIES).
 
+    Where changes cancel, it is the sign that most entries of the tensor have, and negative where there is none, as in
+    the authors' code.
+
     Args:
         deltas: (n, ...) changes, already trimmed.
         weights: (n,) weight of each.
     """
     shaped = weights.view(-1, *(1 for _ in deltas.shape[1:]))
     sign = (shaped * deltas).sum(0).sign()
-    sign = torch.where(sign == 0, torch.ones_like(sign), sign)
-    joined = shaped * ((shaped * deltas).sign() == sign)
+    positive = torch.where(sign == 0, sign.sum(), sign) > 0
+    joined = shaped * torch.where(positive, shaped * deltas > 0, shaped * deltas < 0)
     total = joined.sum(0)
     return (joined * deltas).sum(0) / torch.where(total == 0, torch.ones_like(total), total)
 
@@ -161,15 +164,17 @@ class TaskArithmetic(DeltaMerger):
     ],
     claim="Models interfere through small changes and through signs that disagree; trimming the one and electing the "
     "other merges better than adding up.",
-    deviations="The largest entries are found in each tensor; the paper's code finds them over a whole model, which "
-    "would hold all of it in memory. With `drop` in place of trimming (density: 1) it is DARE with TIES.",
+    deviations="The largest entries are found in each tensor, and so is the sign that most entries have; the paper's "
+    "code finds them over a whole model, which would hold all of it in memory. With `drop` in place of trimming "
+    "(density: 1) it is DARE with TIES.",
 )
 @dataclass(kw_only=True)
 class Ties(DeltaMerger):
     """Trim, elect signs, and take the mean of what agrees.
 
-    Of each change the largest `density` stays; the sign of an entry is that of the weighted sum; what is added is the
-    weighted mean of the changes that have this sign, entry by entry.
+    Of each change the largest `density` stays; the sign of an entry is that of the weighted sum, or where that is 0 the
+    one that most entries of the tensor have; what is added is the weighted mean of the changes that have this sign,
+    entry by entry.
 
     Args:
         density: share of each change that is kept, in (0, 1].

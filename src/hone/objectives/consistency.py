@@ -72,7 +72,7 @@ class Consistency(ArrayObjective):
         return self.total(model, batch, losses, guess), {}
 
     def parts(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the weighted distances (B,), and f(x_t, t) (B, *shape).
+        """Return the weighted distances (B,), and f(x_t, t) (B, *shape), without autocast and with the same dropout.
 
         Args:
             model: the denoiser.
@@ -82,14 +82,15 @@ class Consistency(ArrayObjective):
         labels = self.some_labels(model, batch, self.drop_labels)
         noise = self.noise(batch)
         noisy = batch.arrays + spread(later, noise) * noise
-        state = torch.get_rng_state()  # the same dropout on both sides
-        guess = model(noisy, later, labels)
-        torch.set_rng_state(state)
-        with torch.no_grad():
-            nearer = self.earlier(model, batch, noisy, noise, later, sooner)
-            aim = self.target(model)(nearer, sooner, labels)
-            clean = spread(sooner <= 0, aim)  # at no noise the answer is known, and c_noise may be -inf
-            aim = torch.where(clean, nearer, aim.nan_to_num())
+        device = noisy.device
+        with torch.autocast(device.type, enabled=False):  # half precision would drown the difference of neighbours
+            with torch.random.fork_rng([device] if noisy.is_cuda else []):  # the same dropout on both sides
+                guess = model(noisy, later, labels)
+            with torch.no_grad():
+                nearer = self.earlier(model, batch, noisy, noise, later, sooner)
+                aim = self.target(model)(nearer, sooner, labels)
+                clean = spread(sooner <= 0, aim)  # at no noise the answer is known, and c_noise may be -inf
+                aim = torch.where(clean, nearer, aim.nan_to_num())
         return weight * self.apart(guess, aim), guess
 
     def total(self, model: Any, batch: Any, losses: Tensor, guess: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ was trained as a flow is seen as F through its denoised array, which is SANA-Spr
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hone.diffusion.layers import Fourier
 from hone.diffusion.levels import from_trig_time, spread, trig_time
@@ -47,12 +47,16 @@ def forward_derivative(
 ) -> tuple[Tensor, Tensor]:
     """Return a function's value and its derivative along a direction, by forward-mode differentiation.
 
+    Without autocast, under which normalisations mix types, and with attention in plain operations: fused kernels have
+    no forward derivative.
+
     Args:
         function: of tensors.
         at: where.
         along: direction, one tensor for each argument.
     """
-    with warnings.catch_warnings():  # torch 2.13 scripts its own formulas at first use, and warns of doing so
+    full, plain = torch.autocast(at[0].device.type, enabled=False), sdpa_kernel(SDPBackend.MATH)
+    with warnings.catch_warnings(), full, plain:  # torch 2.13 scripts its own formulas at first use, and warns of it
         warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
         found: Any = torch.func.jvp(function, at, along)
     return found[0], found[1]
@@ -151,8 +155,8 @@ class ContinuousConsistency(ArrayObjective):
         sigma = self.drawn_levels(model, batch, "level", mean=self.mean, std=self.std)
         return trig_time(sigma, model.sigma_data).to(batch.arrays)
 
-    def parts(self, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the weighted losses (B,), and the denoised arrays (B, *shape).
+    def errors(self, model: Any, batch: Any) -> Tensor:
+        """Return the weighted losses (B,).
 
         Args:
             model: the denoiser.
@@ -169,15 +173,15 @@ class ContinuousConsistency(ArrayObjective):
                 )
                 velocity = (wide.cos() * scaled - taught) / wide.sin()
         warmth = min(1.0, self._progress / self.warmup) if self.warmup else 1.0
-        slope, value = tangent(model, scaled, time, velocity, labels, warmth)
+        slope, _ = tangent(model, scaled, time, velocity, labels, warmth)
         length = spread(slope.flatten(1).norm(dim=1), slope)
-        aim = value + slope / (length + self.normalise)
         output = trig_output(model, scaled, time, labels)
-        errors = (output - aim).square().flatten(1).mean(1) / (model.sigma_data * time.tan())
+        aim = output.detach() + slope / (length + self.normalise)  # the tangent's F may have dropped out other things
+        losses = (output - aim).square().flatten(1).mean(1) / (model.sigma_data * time.tan())
         if self.adaptive:
             weight = model.extras["weight"](time)[:, 0]
-            errors = weight.exp() * errors - weight
-        return errors, wide.cos() * scaled - model.sigma_data * wide.sin() * output
+            losses = weight.exp() * losses - weight
+        return losses
 
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, summed over the arrays.
@@ -186,7 +190,7 @@ class ContinuousConsistency(ArrayObjective):
             model: the denoiser.
             batch: B arrays.
         """
-        return self.parts(model, batch)[0].sum(), {}
+        return self.errors(model, batch).sum(), {}
 
 
 @part(
@@ -195,7 +199,9 @@ class ContinuousConsistency(ArrayObjective):
     claim="Continuous-time consistency distillation with an adversarial loss in the teacher's features draws better "
     "samples in one step than without it.",
     deviations="Points and small images instead of 1024-pixel text-to-image; the normalised queries and keys and the "
-    "dense time embedding of the network are left out; the share of the highest noise level is from the paper's text.",
+    "dense time embedding of the network are left out. The student and the critic learn from the same batch and pass, "
+    "where the authors' alternate over steps; the critic sees no arrays with the text of others "
+    "(`misaligned_pairs_D`). The guidance is one number, and not shown to the student.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class SanaSprint(Judged, ContinuousConsistency):
@@ -203,13 +209,23 @@ class SanaSprint(Judged, ContinuousConsistency):
 
     L = L_scm + adversarial max(0, ...) as `critic_loss` and `generator_loss` on arrays that are made noisy again
 
+    The heads judge arrays that the student denoises in a pass of its own, from levels of which a share is the highest;
+    L_scm has plain lognormal ones.
+
     Args:
         teacher: a run of a denoiser, or "stage:N".
-        highest: share of the arrays that start from the highest noise level, as one-step generation does.
+        mean: of the log of the noise level.
+        std: of the same.
+        highest: share of the arrays that are judged which start from the highest noise level, as one-step generation
+            does.
+        critic_mean: of the log of the noise level at which the heads look.
     """
 
     teacher: str = field()
+    mean: float = 0.2
+    std: Positive = 1.6
     highest: Share = 0.5
+    critic_mean: float = -0.6
 
     def setup(self, run: Any) -> None:
         """Load the teacher and let its heads train.
@@ -220,16 +236,18 @@ class SanaSprint(Judged, ContinuousConsistency):
         super().setup(run)
         self.seat(run, self._teacher)
 
-    def times(self, model: Any, batch: Any) -> Tensor:
-        """Return the times t (B,), a share of them the last one.
+    def judged(self, model: Any, batch: Any) -> Tensor:
+        """Return denoised arrays (B, *shape) for the heads, a share of them from the highest noise level.
 
         Args:
             model: the denoiser.
             batch: B arrays.
         """
-        last = math.atan(model.sigma_max / model.sigma_data)
-        chosen = self.uniform(batch, "highest") < self.highest
-        return torch.where(chosen, last, super().times(model, batch))
+        sigma = self.drawn_levels(model, batch, "judged", mean=self.mean, std=self.std).to(batch.arrays)
+        sigma = torch.where(self.uniform(batch, "highest") < self.highest, model.sigma_max, sigma)
+        noisy = batch.arrays + spread(sigma, batch.arrays) * self.normal(batch, "judged noise")
+        found: Tensor = model(noisy, sigma, self.some_labels(model, batch))
+        return found
 
     def turns(self, model: Any, batch: Any) -> Iterator[Turn]:
         """Yield the student's turn, and the critic's.
@@ -238,7 +256,7 @@ class SanaSprint(Judged, ContinuousConsistency):
             model: the denoiser.
             batch: B arrays.
         """
-        errors, made = self.parts(model, batch)
+        errors, made = self.errors(model, batch), self.judged(model, batch)
         fooled = self.doubts(model, batch, made)
         figures = {"consistency": errors.detach().sum(), "fooled": fooled.detach().sum()}
         yield Turn("model", (errors + self.adversarial * fooled).sum(), figures)

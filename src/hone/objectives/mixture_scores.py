@@ -11,10 +11,11 @@ Kullback-Leibler as a goes to 0, reverse at 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.critics import Critic, features_of
@@ -22,7 +23,7 @@ from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import spread
 from hone.objectives.arrays import Share
 from hone.objectives.base import Turn
-from hone.objectives.generators import TINY, Drawn, denoising, level_weight, pull
+from hone.objectives.generators import TINY, Drawn, Strength, denoising, level_weight, pull
 from hone.objectives.matching import Critics, Matching
 from hone.parts import part
 
@@ -60,6 +61,17 @@ def shares(uniforms: Tensor, least: int = 0) -> Tensor:
         least: the smallest of them.
     """
     return (least + (uniforms * (GRID + 1 - least)).floor()).clamp(max=GRID) / GRID
+
+
+def shares_with_zeros(uniforms: Tensor, zeros: float) -> Tensor:
+    """Return shares a, 0 in a part of the cases and else multiples of 1 / GRID from 0 to 1, all as likely.
+
+    Args:
+        uniforms: in [0, 1).
+        zeros: the part.
+    """
+    rest = shares(((uniforms - zeros) / (1 - zeros)).clamp(min=0))
+    return torch.where(uniforms < zeros, torch.zeros_like(rest), rest)
 
 
 def skew_gap(fake: Tensor, mixed: Tensor, real: Tensor, share: Tensor, weighed: bool = True) -> Tensor:
@@ -125,10 +137,10 @@ class ScoreOfMixtures(Critics):
     (D(x, s, 0) - D(x, s, a)) |D_0 - D_1| / (|D_0 - D_a| mean|y - D_1|).
 
     Args:
-        zeros: share of the generated arrays of the score's training at which a is 0.
+        masses: share of the arrays of the score's training at which a is 0, 1/2 or 1, each as likely.
     """
 
-    zeros: Share = 0.25
+    masses: Share = 0.5
 
     def make_critic(self, fake: Denoiser) -> Any:
         """Return the score of mixtures as `body`, with heads on its features.
@@ -152,7 +164,8 @@ class ScoreOfMixtures(Critics):
         with torch.no_grad():
             drawn = self.draw(model, batch, turn)
         share = shares(drawn.free)
-        share = torch.where(self.uniform(batch, f"b{turn}") < self.zeros, torch.zeros_like(share), share)
+        mass = (3 * self.uniform(batch, f"m{turn}")).floor().clamp(max=2) / 2
+        share = torch.where(self.uniform(batch, f"b{turn}") < self.masses, mass, share)
         net, noise = self._critic.body, self.normal(batch, f"r{turn}")
         losses = (1 - share) * denoising(net, drawn.clean, drawn.noise, drawn.sigma, drawn.labels, share[:, None])
         losses = losses + share * denoising(net, batch.arrays, noise, drawn.sigma, drawn.labels, share[:, None])
@@ -214,7 +227,7 @@ class ScoreOfMixtures(Critics):
     ],
     claim="With a pretrained teacher, the score of the mixture is made of the teacher's, an online fake score and a "
     "discriminator that the same regression trains, and one-step samples are as good as those of other distillations.",
-    deviations="Shares of the mixture are drawn evenly; the authors' code draws 0, 1/2 and 1 more often.",
+    deviations="The discriminator reads all layers of the fake score.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class MixtureDistillation(Matching):
@@ -223,8 +236,16 @@ class MixtureDistillation(Matching):
     w = sigmoid(l + ln(a / (1 - a))), l being the discriminator's logit; y moves
     against (w / a)(D_q - D_p) / mean|y - D_p|.
     The discriminator is trained by (1 - a) |w (D_p - D_q)|^2 at generated arrays and a |(1 - w)(D_p - D_q)|^2 at real
-    ones: the distance of the mixture's denoised array from that of either side.
+    ones: the distance of the mixture's denoised array from that of either side. There a is even in [0, 1] but for the
+    `zeros`; for the generator it is even in [1/2, 1], so that w / a is at most 2.
+
+    Args:
+        zeros: share of the arrays of the discriminator's training at which a is 0.
+        gan_critic_weight: of the discriminator's loss beside the fake score's.
     """
+
+    zeros: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    gan_critic_weight: Strength = 1.0
 
     def judges(self) -> bool:
         """Return whether there is a discriminator: here always, since the mixture needs it."""
@@ -249,7 +270,7 @@ class MixtureDistillation(Matching):
             real: (B, *shape) real ones with noise.
             sigma: (B,) their levels.
         """
-        share, total = shares(drawn.free, 1), torch.zeros_like(sigma)
+        share, total = shares_with_zeros(drawn.free, self.zeros), torch.zeros_like(sigma)
         for x, level, own in ((drawn.noisy, drawn.sigma, 1 - share), (real, sigma, share)):
             with torch.no_grad():
                 teacher = self._teacher.guided(x, level, drawn.labels, self.guidance)
@@ -259,13 +280,21 @@ class MixtureDistillation(Matching):
             total = total + own * apart * (mix if x is drawn.noisy else 1 - mix) ** 2
         return total
 
+    def share(self, drawn: Drawn) -> Tensor:
+        """Return the share a (B,) that the generator is trained with.
+
+        Args:
+            drawn: B generated arrays with noise.
+        """
+        return shares(drawn.free, GRID // 2)
+
     def factor(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """Return w / a (B,).
 
         Args:
             drawn: B generated arrays with noise.
         """
-        share = shares(drawn.free, 1)
+        share = self.share(drawn)
         return self.mixing(drawn.noisy, drawn.sigma, drawn.labels, share) / share, {}
 
     def persuasion(self, drawn: Drawn) -> Tensor:
@@ -274,4 +303,4 @@ class MixtureDistillation(Matching):
         Args:
             drawn: B generated arrays with noise.
         """
-        return skew_persuasion(self._critic(drawn.noisy, drawn.sigma, drawn.labels), shares(drawn.free, 1))
+        return skew_persuasion(self._critic(drawn.noisy, drawn.sigma, drawn.labels), self.share(drawn))

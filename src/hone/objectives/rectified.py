@@ -51,12 +51,14 @@ class Paired(ArrayObjective):
         super().setup(run)
         self._teacher = load_teacher(self.teacher, run)
         like = next(run.model.parameters())
-        labels = run.recipe.build("data").collection("train").labels if run.model.classes else None
+        source = run.recipe.build("data")
+        labels = source.collection("train").labels if run.model.classes else None
         generator = torch.Generator().manual_seed(run.recipe.seed)
         self._noise = torch.randn(self.pairs, *run.model.shape, generator=generator, dtype=torch.float64).to(like)
         if labels is not None:
             self._labels = labels[torch.arange(self.pairs) % len(labels)].to(like.device)
-        solver = self.solver or Heun(guidance=self.guidance)
+        solver: Any = self.solver or Heun(guidance=self.guidance)
+        solver.prepare(self._teacher, source)
         self._clean = solve(self._teacher, solver, self._noise, self._labels, generator)[0]
 
     def pair(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -75,7 +75,8 @@ def preference_divergence(expert: Tensor, proxy: Tensor) -> Tensor:
     "over-optimised.",
     deviations="Arrays stand for latents, and there is no decoder between them and the reward; the proxy starts from "
     "fresh weights where the authors' starts from a pretrained CLIP. With drop_labels the teacher's step still sees "
-    "the class.",
+    "the class. The teacher's guidance is one number that the student is not shown; the authors draw w for each array "
+    "from a range, lead by D + w (D - D(none)), and show the student an embedding of w.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class RewardGuidedDistillation(Rewarded, Distillation):

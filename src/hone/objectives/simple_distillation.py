@@ -18,7 +18,9 @@ from hone.objectives.teachers import load_teacher
 from hone.options import Nested
 from hone.parts import part
 from hone.solvers.base import Counted
+from hone.solvers.edict import EDICT
 from hone.solvers.ode import DPMSolverPP
+from hone.solvers.shifted import TimeShift
 from hone.solvers.simple import analytic, timestamps
 
 
@@ -112,7 +114,7 @@ class SimpleDistillation(ArrayObjective):
         analytic: whether the first step is x / sqrt(1 + s^2) instead of the network's slope, and free.
         lowest: noise level at which trajectories end.
         rho: spacing of the levels.
-        solver: the teacher's; None takes dpm-solver-pp of order 3.
+        solver: the teacher's, which goes from level to level without noise; None takes dpm-solver-pp of order 3.
         guidance: of the teacher, by classifier-free guidance.
     """
 
@@ -130,6 +132,13 @@ class SimpleDistillation(ArrayObjective):
         """Yield what is wrong with the options."""
         if self.analytic and self.steps < 2:
             yield "steps", "expected at least 2, since the first one is analytic and trains nothing"
+        odd = isinstance(self.solver, EDICT | TimeShift)  # two states at a level, and levels of each array's own
+        noisy = getattr(self.solver, "churn", 0) or getattr(self.solver, "eta", 0)
+        if self.solver is not None and (odd or noisy or not getattr(self.solver, "goes_part_way", False)):
+            yield (
+                "solver",
+                "expected a solver that goes from level to level without noise, such as dpm-solver-pp or ddim",
+            )
 
     def setup(self, run: Any) -> None:
         """Load the teacher.

@@ -13,7 +13,7 @@ from hone.diffusion.critics import features_of
 from hone.diffusion.levels import spread
 from hone.errors import ModelError
 from hone.objectives.arrays import Share, squared
-from hone.objectives.trajectory import ConsistencyTrajectory, Jumps, Weight, destination, intensity, jump
+from hone.objectives.trajectory import Balance, ConsistencyTrajectory, Jumps, Weight, destination, intensity, jump
 from hone.parts import part
 
 
@@ -69,6 +69,9 @@ class SoundTrajectory(ConsistencyTrajectory):
     drawn: Weight | None = None
     drop_labels: Share = 0.1
     _last: Any = field(init=False, default=None, repr=False)
+    _balance: Balance = field(
+        init=False, default_factory=lambda: Balance({"denoising": (0.0, 1e3), "game": (0.01, 10.0)}, 1e-8), repr=False
+    )
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the options."""

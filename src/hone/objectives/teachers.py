@@ -27,7 +27,9 @@ class Truth(View):
             student: gives shape, classes and noise range.
         """
         super().__init__(student)
-        self.mixture = mixture.to(next(student.parameters()))
+        parameter = next(student.parameters())
+        self.mixture = mixture.to(parameter)
+        self.like = nn.Parameter(torch.empty(0).to(parameter), requires_grad=False)  # solvers draw what is like it
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return D (B, d).

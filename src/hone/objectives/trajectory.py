@@ -100,17 +100,18 @@ class Jumps(View):
 class Balance:
     """Weights of further losses by which their gradients are as large as the main one's, at the last layer.
 
-    w = |gradient of the main loss| / |gradient of the other| over a whole step, used in the next one, so that the
-    weights do not depend on how a step is split; 1 in the first.
+    w = |gradient of the main loss| / (|gradient of the other| + tiny) over a whole step, used in the next one, so that
+    the weights do not depend on how a step is split; 1 in the first.
     """
 
-    def __init__(self, limits: dict[str, tuple[float, float]]) -> None:
+    def __init__(self, limits: dict[str, tuple[float, float]], tiny: float = 1e-4) -> None:
         """Begin.
 
         Args:
             limits: smallest and largest weight of each further loss.
+            tiny: added to what divides.
         """
-        self.limits = limits
+        self.limits, self.tiny = limits, tiny
         self.weights = dict.fromkeys(limits, 1.0)
         self.sums: dict[str, Tensor] = {}
 
@@ -134,7 +135,7 @@ class Balance:
         norms = {name: cluster.sum(float(found.norm())) for name, found in self.sums.items()}
         for name, (least, most) in self.limits.items():
             if name in norms:
-                self.weights[name] = min(max(norms["main"] / (norms[name] + 1e-4), least), most)
+                self.weights[name] = min(max(norms["main"] / (norms[name] + self.tiny), least), most)
         self.sums = {}
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from hone.objectives import divergences
+from hone.objectives.arrays import Share
 from hone.objectives.divergences import Divergence
-from hone.objectives.generators import TINY, Drawn, level_weight
+from hone.objectives.generators import TINY, Drawn, Strength, level_weight
 from hone.objectives.matching import Ratios
 from hone.parts import part
 
@@ -55,7 +57,10 @@ def expanded(name: Divergence, drawn: Drawn, fake: Tensor, real: Tensor, ratio: 
     "their teacher.",
     deviations="Any of our divergences, the authors' weights following from h. The means that r and h are divided by "
     "are running ones, as in f-distill. The term along r has its exact factor 1 / sigma^2, which the authors' code "
-    "leaves out.",
+    "leaves out. The generator starts from sigma_max, where theirs starts from 2.5; the fake score and the "
+    "discriminator learn at levels even in the karras schedule, where theirs are lognormal (-1.2, 1.2) and weigh the "
+    "discriminator by 1 / c_out^2 / 2; the generator's levels begin at 0.02 instead of 0, and its two losses are "
+    "balanced by `gan_weight` as in dmd2, where theirs has 0.01 against 100 over mean|y - D_p|.",
 )  # fmt: skip
 @dataclass(kw_only=True)
 class UniInstruct(Ratios):
@@ -65,11 +70,17 @@ class UniInstruct(Ratios):
 
     Args:
         divergence: of generated from real arrays (`hone.objectives.divergences`).
+        critic_updates: steps of the fake score for each of the generator's.
+        most: largest noise level that generated arrays are compared at, as a place in the karras schedule.
+        gan_critic_weight: of the discriminator's loss beside the fake score's.
         exact: whether the gradient is that of the integral; else the authors' cheaper one, which is the same for the
             forward Kullback-Leibler divergence as far as r does not change with x.
     """
 
     divergence: Divergence = "forward-kl"
+    critic_updates: Annotated[int, Field(ge=1, le=99)] = 1
+    most: Share = 0.8
+    gan_critic_weight: Strength = 1.0
     exact: bool = False
 
     def losses(self, model: Any, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hone.adapters.base import matches, select
@@ -25,9 +25,10 @@ Weight = Annotated[float, Field(ge=0)]
 class Optimizer(ABC):
     """Moves the trained parameters along their gradients.
 
-    Weight decay, where an optimizer has it, pulls matrices towards zero. It is not applied to tensors of fewer than two
-    dimensions (norm gains, biases, per-channel scales): they hold few numbers and set the scale of what follows.
-    Embeddings are matrices and decay, as in transformers' Trainer.
+    Weight decay, where an optimizer has it, pulls matrices towards zero. It is not applied to tensors that are longer
+    than 1 in one dimension at most (norm gains, biases, per-channel scales, whether they are stored as (n), (n, 1) or
+    (1, n, 1, 1)): they hold few numbers and set the scale of what follows. Embeddings are matrices and decay, as in
+    transformers' Trainer.
 
     Args:
         lr: learning rate; the schedule multiplies it by a factor at every step.
@@ -79,10 +80,15 @@ class Optimizer(ABC):
         Returns:
             At most two groups, none empty; the second, of the others, says `weight_decay: 0`.
         """
-        decayed = [p for _, p in params if self.decay_all or p.ndim >= 2]
-        others = [p for _, p in params if not self.decay_all and p.ndim < 2]
+        decayed = [p for _, p in params if self.decay_all or not _is_vector(p)]
+        others = [p for _, p in params if not self.decay_all and _is_vector(p)]
         found: Groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         return [group for group in found if group["params"]]
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    """Return whether a tensor is longer than 1 in one dimension at most, as IA3's scales are, which start at 1."""
+    return sum(size > 1 for size in tensor.shape) < 2
 
 
 def named_factors(rates: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -168,7 +168,7 @@ def _contiguous(value: Any) -> Any:
     "optimizer",
     "torch:",
     papers="original",
-    deviations="Tensors of fewer than two dimensions do not decay unless decay_all is set.",
+    deviations="Vectors (longer than 1 in at most one dimension) do not decay unless decay_all is set.",
 )
 @dataclass(kw_only=True)
 class TorchOptimizer(Bridge):
@@ -196,8 +196,9 @@ class TorchOptimizer(Bridge):
     "optimizer",
     "pytorch_optimizer:",
     papers="original",
-    deviations="Tensors of fewer than two dimensions do not decay unless decay_all is set. Methods that treat hidden "
-    "matrices apart (muon, adamuon, adago, normuon) get as the rest what is no matrix, embeddings and the head.",
+    deviations="Vectors (longer than 1 in at most one dimension) do not decay unless decay_all is set. Methods that "
+    "treat hidden matrices apart (muon, adamuon, adago, normuon) get as the rest what is no matrix, embeddings and the "
+    "head.",
 )
 @dataclass(kw_only=True)
 class PytorchOptimizer(Bridge):

@@ -21,7 +21,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
     papers=[("Decoupled Weight Decay Regularization", "arXiv:1711.05101")],
     claim="Decoupling weight decay from the gradient makes Adam generalise better than Adam with L2 regularisation.",
     deviations="The decay of a step is lr * weight_decay, as in PyTorch; the paper multiplies it by the schedule only. "
-    "Tensors of fewer than two dimensions do not decay unless decay_all is set.",
+    "Vectors (longer than 1 in at most one dimension) do not decay unless decay_all is set.",
 )
 @dataclass(kw_only=True)
 class AdamW(Optimizer):

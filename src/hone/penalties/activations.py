@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hone.adapters.base import select
+from hone.adapters.layers import Wrapped
 from hone.errors import HoneError
 from hone.parts import part
 from hone.penalties.base import Penalty, Strength
@@ -40,7 +41,8 @@ def activation_modules(model: nn.Module, patterns: list[str] | None) -> list[nn.
 
     Args:
         model: a network.
-        patterns: which modules they are; None takes every activation function that is a module.
+        patterns: which modules they are; None takes every activation function that is a module of the model itself,
+            none that an adapter has put beside its layers.
 
     Raises:
         HoneError: a pattern matches nothing, or there is no activation function.
@@ -49,9 +51,11 @@ def activation_modules(model: nn.Module, patterns: list[str] | None) -> list[nn.
     if patterns is not None:
         chosen = {n for p in patterns for n in select(p, modules, "penalties.activation-density.modules")}
         return [module for name, module in modules.items() if name in chosen]
+    added = [f"{name}." for name, module in modules.items() if isinstance(module, Wrapped)]
     found = [
-        m for m in modules.values()
+        m for name, m in modules.items()
         if type(m).__module__ in HOMES and type(m).__name__ not in NO_UNITS and not any(m.parameters())
+        and not any(name.startswith(a) and not name.startswith(f"{a}base_layer.") for a in added)
     ]  # fmt: skip
     if not found:
         raise HoneError(
@@ -88,7 +92,8 @@ class ActivationDensity(Penalty):
         strength: factor on the term.
         eps: square of the activation that counts half.
         threshold: activations of at most this size count as none in the report; None takes the root of `eps`.
-        modules: patterns of the modules whose outputs are the activations; None takes every activation function.
+        modules: patterns of the modules whose outputs are the activations; None takes every activation function but
+            those of adapters.
     """
 
     strength: Strength = 1.0

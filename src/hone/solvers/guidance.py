@@ -37,6 +37,7 @@ class Gated(Counted):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return D, guided where it still is."""
         labels: Any = self.labels
+        sigma = sigma.to(x)
         found = self.plain(x, sigma, labels)
         chosen = self.guiding.nonzero()[:, 0]
         self.evaluations += len(x) + len(chosen)
@@ -47,7 +48,7 @@ class Gated(Counted):
             untold = self.plain(part, level, torch.full_like(labels[chosen], -1))
             found = found.index_copy(0, chosen, untold + self.guidance * (told - untold))
             data = self.model.sigma_data
-            skip = spread(data**2 / (level.to(x) ** 2 + data**2), part) * part
+            skip = spread(data**2 / (level**2 + data**2), part) * part
             likeness = F.cosine_similarity((told - skip).flatten(1), (untold - skip).flatten(1))
             self.guiding[chosen[likeness > self.threshold]] = False
         return found
@@ -105,7 +106,7 @@ class Noises(Counted):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Return D, guided by a network's answer or a guess."""
         labels: Any = self.labels
-        level = sigma.to(x)
+        level = spread(sigma.to(x), x)
         self.told.append((x - self.plain(x, sigma, labels)) / level)
         self.untold.append(self.without(x, sigma))
         self.calls += 1
@@ -116,11 +117,11 @@ class Noises(Counted):
 
         Args:
             x: (B, *shape).
-            sigma: noise level.
+            sigma: noise level, or (B,) levels.
         """
         labels: Any = self.labels
         self.calls += 1
-        return (x - self.plain(x, sigma, torch.full_like(labels, -1))) / sigma.to(x)
+        return (x - self.plain(x, sigma, torch.full_like(labels, -1))) / spread(sigma.to(x), x)
 
     def known(self) -> list[Tensor]:
         """Return what a guess is made of: all noises with the class, and the earlier ones without."""
