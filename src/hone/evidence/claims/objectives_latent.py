@@ -28,7 +28,7 @@ COCONUT = {"name": "coconut", "first": 1, "stages": 2, "thoughts": 1, "steps_per
 
 # A fresh model of two layers follows three arrows of eight maps between eight places, which do not commute: each arrow
 # needs the place before it, so that two layers cannot name the last place at once. The last stage begins at step 1,000;
-# steps drawn from all stages keep what the first thoughts mean (without them it stayed at chance with twelve maps).
+# steps drawn from all stages keep what the first thoughts mean (a share of 0.3 left one seed of three at chance).
 PLACES, MAPS = "abcdefgh", "jklmnopq"
 FOLLOWING: dict[str, Any] = {
     "name": "following",
@@ -41,7 +41,7 @@ FOLLOWING: dict[str, Any] = {
         },
     },
     "adapter": "full", "optimizer": {"name": "adamw", "lr": 2e-3},
-    "objective": {"name": "coconut", "stages": 2, "thoughts": 1, "steps_per_stage": 500, "uniform": 0.3},
+    "objective": {"name": "coconut", "stages": 2, "thoughts": 1, "steps_per_stage": 500, "uniform": 0.5},
     "schedule": {"name": "constant", "warmup": 0.05}, "steps": 2000, "batch_tokens": 2048, "eval_samples": 200,
     "max_new_tokens": 20,
 }  # fmt: skip
@@ -94,6 +94,10 @@ def coconut_no_steps(scratch: Path) -> Trial:
     Task: a fresh model of two layers learns in 2,000 steps where three arrows lead, each by one of eight maps between
     eight places; the baseline is shown answers alone, the method two thoughts before them. Of all 4,096 ways, 200 are
     held out; an eighth is right by chance.
+
+    Finding: 0.94, 0.20 and 1.0 with a share of 0.3 drawn from all stages, against 0.13 to 0.15 without steps: the last
+    stage of one seed of three stayed at chance, so that the interval does not tell. With a share of 0.5, which has
+    taken its place since, that seed answers 1.0 (thoughts-matter).
     """
     alone = {"data": _ways(scratch / "alone.jsonl", steps=False), "objective": "sft"}
     return Trial(
