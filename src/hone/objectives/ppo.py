@@ -57,7 +57,8 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None)
     deviations="The critic is a linear head on the policy's own states, as in ReFT (checked against its code: "
     "rewards less kl (log pi - log pi_ref), GAE, whitened advantages, ratio and value clipped at 0.2); the means are "
     "over the tokens of the step, where ReFT takes those of each answer. Fine-grained rewards are those that credit "
-    "parts (`fine-grained`); FGAIF's are of the same form, learned from images, which are not here.",
+    "parts (`fine-grained`), which its authors scale to unit variance before the advantages are made; FGAIF's are of "
+    "the same form, learned from images, which are not here.",
 )
 @dataclass(kw_only=True)
 class PPO(Policy):
