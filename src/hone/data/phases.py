@@ -82,7 +82,8 @@ class Phases(Steps):
         super().__init__({})
         self.source, self.samples, self.renderer, self.seed = source, samples, renderer, seed
         self.run: Run | None = None
-        self.asked = self.phase = self.skipped = self._long = 0
+        self.asked = self.phase = self.skipped = 0
+        self._told_long = False  # that some own answers have no room
         self.rates = np.full(len(samples), np.nan)  # share of the answers to each prompt that passed, when last asked
         self.queue: list[list[Tree]] = []
         self.kept: list[Tree] = []  # earlier groups, for replay
@@ -308,12 +309,12 @@ class Phases(Steps):
         if (source.hints != "none" or source.demonstrations) and sample.answers:
             own = own_answer(self.renderer, sample)
         if len(own) and len(prompt) + len(own) > source.max_tokens:
-            if not self._long:
+            if not self._told_long:
                 log.warning(
                     "%s: the prompt with its own answer has %d tokens, more than data.max_tokens (%d); such answers "
                     "are neither hints nor demonstrations", sample.where, len(prompt) + len(own), source.max_tokens,
                 )  # fmt: skip
-            self._long += 1
+            self._told_long = True
             own = own[:0]
         given = 0
         if source.hints == "binomial" and len(own):

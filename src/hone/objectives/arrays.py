@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -142,6 +142,23 @@ def output_error(net: Any, guess: Tensor, aim: Tensor, sigma: Tensor) -> Tensor:
     """
     scale = spread(net.parameterisation.error_scale(sigma), aim)
     return ((guess - aim) / scale).square().flatten(1).mean(1)
+
+
+def neighbours(x: Tensor, guess: Callable[[], Tensor], aim: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what two passes give whose small difference is the loss, the second without gradients.
+
+    Neither runs under autocast, whose rounding would drown the difference, and both drop out the same.
+
+    Args:
+        x: (B, *shape), tells the device.
+        guess: the first pass.
+        aim: the second.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            found = guess()
+        with torch.no_grad():
+            return found, aim()
 
 
 def squared(left: Tensor, right: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.levels import karras, spread
-from hone.objectives.arrays import ArrayObjective, Positive, Share, squared
+from hone.objectives.arrays import ArrayObjective, Positive, Share, neighbours, squared
 from hone.objectives.teachers import Mean, load_teacher
 from hone.parts import part
 
@@ -82,15 +82,14 @@ class Consistency(ArrayObjective):
         labels = self.some_labels(model, batch, self.drop_labels)
         noise = self.noise(batch)
         noisy = batch.arrays + spread(later, noise) * noise
-        device = noisy.device
-        with torch.autocast(device.type, enabled=False):  # half precision would drown the difference of neighbours
-            with torch.random.fork_rng([device] if noisy.is_cuda else []):  # the same dropout on both sides
-                guess = model(noisy, later, labels)
-            with torch.no_grad():
-                nearer = self.earlier(model, batch, noisy, noise, later, sooner)
-                aim = self.target(model)(nearer, sooner, labels)
-                clean = spread(sooner <= 0, aim)  # at no noise the answer is known, and c_noise may be -inf
-                aim = torch.where(clean, nearer, aim.nan_to_num())
+
+        def sought() -> Tensor:
+            nearer = self.earlier(model, batch, noisy, noise, later, sooner)
+            aim: Tensor = self.target(model)(nearer, sooner, labels)
+            clean = spread(sooner <= 0, aim)  # at no noise the answer is known, and c_noise may be -inf
+            return torch.where(clean, nearer, aim.nan_to_num())
+
+        guess, aim = neighbours(noisy, lambda: model(noisy, later, labels), sought)
         return weight * self.apart(guess, aim), guess
 
     def total(self, model: Any, batch: Any, losses: Tensor, guess: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.errors import ModelError
-from hone.objectives.arrays import ArrayObjective
+from hone.objectives.arrays import ArrayObjective, neighbours
 from hone.objectives.consistency import even_places, huber_constant, pseudo_huber
 from hone.parts import part
 
@@ -122,11 +122,11 @@ class NoiseConsistency(ArrayObjective):
             share = share.reshape(-1, *[1] * (noise.dim() - 1))
             return (1 - share**2).clamp(min=0).sqrt() * noise + share * other
 
-        with torch.autocast(drawn.device.type, enabled=False):  # or rounding drowns the difference
-            with torch.random.fork_rng([drawn.device] if drawn.is_cuda else []):  # the same dropout on both sides
-                guess = self.made(model, mixed(path[place + 1]), labels)
-            with torch.no_grad():
-                aim = self.made(model, mixed(path[place]), labels)
-                aim = torch.where((place == 0).reshape(-1, *[1] * (aim.dim() - 1)), drawn, aim)
+        guess, aim = neighbours(
+            drawn,
+            lambda: self.made(model, mixed(path[place + 1]), labels),
+            lambda: self.made(model, mixed(path[place]), labels),
+        )
+        aim = torch.where((place == 0).reshape(-1, *[1] * (aim.dim() - 1)), drawn, aim)
         losses = pseudo_huber(guess, aim, huber_constant(guess[0].numel())) / (path[1] - path[0])
         return losses.sum(), {}

@@ -23,6 +23,7 @@ from hone.text.render import Renderer
 
 if TYPE_CHECKING:
     from hone.data.source import Source
+    from hone.recipe import Recipe
 
 Batch = Annotated[int, Field(ge=64)]
 Judge = Callable[[Packed], Tensor]  # -> (A,) rewards of a batch's answers, in packed order
@@ -121,13 +122,14 @@ class ModelReward(Reward):
     def _load(self, device: torch.device, dtype: torch.dtype) -> None:
         folder = Path(self.path).expanduser()
         made = folder / "model" if (folder / "recipe.yaml").is_file() else folder
-        if saved_names(made) is not None or (made != folder and _makes_rewards(folder)):
-            self._load_own(folder, made, device, dtype)
+        last = _last_stage(folder) if made != folder else None
+        if saved_names(made) is not None or (last is not None and _makes_rewards(last)):
+            self._load_own(made, last, device, dtype)
         else:
             self._load_classifier(str(made) if made.exists() else self.path, device, dtype)
 
-    def _load_own(self, folder: Path, made: Path, device: torch.device, dtype: torch.dtype) -> None:
-        """Load a model with the head that hone has trained."""
+    def _load_own(self, made: Path, last: Recipe | None, device: torch.device, dtype: torch.dtype) -> None:
+        """Load a model with the head that hone has trained, of a run as its last stage says."""
         from hone.engine.use import ready_objective
         from hone.objectives.answers import Answers
         from hone.objectives.reward_model import RewardModel
@@ -140,8 +142,8 @@ class ModelReward(Reward):
             )
         model = LanguageModel.load(made, device=device, dtype=dtype)
         objective = RewardModel()
-        if made != folder:
-            objective = ready_objective(_last_stage(folder), model, made)
+        if last is not None:
+            objective = ready_objective(last, model, made)
         else:
             objective.equip(model)
             model.load_extras(made)
@@ -181,7 +183,7 @@ def _answers(batch: Packed) -> Tensor:
     return (~batch.fields[SCORE].isnan()).nonzero().squeeze(1).cpu()
 
 
-def _last_stage(folder: Path) -> Any:
+def _last_stage(folder: Path) -> Recipe:
     """Return the recipe of the last stage of a finished run."""
     from hone.engine.folder import RunFolder
     from hone.engine.run import require_finished, stages_of
@@ -192,11 +194,11 @@ def _last_stage(folder: Path) -> Any:
     return stages_of(Recipe.load(folder / "recipe.yaml"), run)[-1]
 
 
-def _makes_rewards(folder: Path) -> bool:
-    """Return whether a run ends with a reward model, of which some have no single head (dmoerm)."""
+def _makes_rewards(last: Recipe) -> bool:
+    """Return whether a stage makes a reward model, of which some have no single head (dmoerm)."""
     from hone.objectives.reward_model import RewardModel
 
-    return isinstance(_last_stage(folder).build("objective"), RewardModel)
+    return isinstance(last.build("objective"), RewardModel)
 
 
 def _segment(batch: Packed, number: int) -> Tensor:

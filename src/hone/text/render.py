@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hone.data.formats import CONTINUES
-from hone.data.sample import Message, Sample
+from hone.data.sample import Message, Sample, opened
 from hone.errors import DataError, ModelError, nearest
 from hone.text.pack import Tree
 from hone.text.template import FIX, ChatTemplate, Piece, find_template, plain_ids
@@ -155,13 +155,10 @@ class Renderer:
             DataError: the chat template refuses the conversation.
             ModelError: the sample is a conversation and there is no chat template for it, or nothing to start from.
         """
-        messages = sample.prompt
+        messages = opened(sample).prompt
         if isinstance(messages, str):
             pieces = [Piece(messages)] if messages else []
         else:
-            spoken = [index for index, message in enumerate(messages) if message.role == "assistant"]
-            if sample.kind == "messages" and spoken:
-                messages = messages[: spoken[-1]]
             pieces = self._chat(sample.where).prompt(messages, sample.where)
         ids, _ = self._segment([(piece, False) for piece in pieces], plain=isinstance(sample.prompt, str))
         if not len(ids):

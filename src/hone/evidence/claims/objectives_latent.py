@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 from hone.evidence.claims.base import Check, Side, Trial, claim
+from hone.evidence.claims.tasks import TINY
 
 _COCONUT = ("Training Large Language Models to Reason in a Continuous Latent Space", "arXiv:2412.06769")
 _MATCH = (
@@ -31,16 +32,7 @@ COCONUT = {"name": "coconut", "first": 1, "stages": 2, "thoughts": 1, "steps_per
 # steps drawn from all stages keep what the first thoughts mean (a share of 0.3 left one seed of three at chance).
 PLACES, MAPS = "abcdefgh", "jklmnopq"
 FOLLOWING: dict[str, Any] = {
-    "name": "following",
-    "model": {
-        "name": "fresh", "tokenizer": "base",
-        "config": {
-            "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "intermediate_size": 160, "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-        },
-    },
-    "adapter": "full", "optimizer": {"name": "adamw", "lr": 2e-3},
+    "name": "following", "model": TINY["model"], "adapter": "full", "optimizer": {"name": "adamw", "lr": 2e-3},
     "objective": {"name": "coconut", "stages": 2, "thoughts": 1, "steps_per_stage": 500, "uniform": 0.5},
     "schedule": {"name": "constant", "warmup": 0.05}, "steps": 2000, "batch_tokens": 2048, "eval_samples": 200,
     "max_new_tokens": 20,
