@@ -192,7 +192,7 @@ ROW = json.dumps({"text": "x"})
         ("a.jsonl", f"{ROW}\n[1]\n", 2, ['expected a JSON object such as {"text": "..."}, found list']),
         ("a.jsonl", f'{ROW}\n{{"text": "é"}}\n'.encode("latin-1"), 2, ["UTF-8 text, found byte 0xe9 at byte 11"]),
         ("a.json", '[\n{"text": "x"},\n{"text": }\n]', 3, ["not valid JSON: Expecting value at column 10"]),
-        ("a.json", '{"text": "x"}', 1, ['expected an array of objects or {"data": [...]}, found dict']),
+        ("a.json", '{\n"text": "x"}', 1, ['expected an array of objects or {"data": [...]}, found dict']),
         ("a.json", '[{"text": "x"}, 5]', 2, ["expected a JSON object", "found int"]),
         ("a.csv", "text,id\nx,1\ny\n", 3, ["expected 2 cells, found 1", "Quote cells"]),
         ("a.csv", "text,id\nx,1\ny,2,3\n", 3, ["expected 2 cells, found 3"]),

@@ -263,7 +263,7 @@ def test_a_placeholder_takes_the_example_of_the_description(text: str, doc: str,
 
 
 def test_a_placeholder_takes_what_the_usual_part_of_its_kind_has() -> None:
-    option = parts.Option("lr", "Annotated[float, Field(gt=0)]", "", "learning rate")
+    option = parts.Option("lr", "Annotated[float, Field(gt=0, allow_inf_nan=False)]", "", "learning rate")
     assert yaml.safe_load(an_entry(option, "optimizer").snippet())["optimizer"]["lr"] == 0.0002
     assert yaml.safe_load(an_entry(option, "reward").snippet())["data"]["rewards"]["lr"] == 1.0
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hone.data.answers import final_answer, same_answer
 from hone.data.files import Files, read_text
-from hone.data.formats import COLUMN_KEYS, SHAPES, sniff
+from hone.data.formats import COLUMN_KEYS, CONTINUES, SHAPES, sniff
 from hone.data.hub import Hub
 from hone.data.sample import Message, Sample
-from hone.data.source import Source, final_answer, held_out
+from hone.data.source import Source, held_out
 from hone.options import Places, check_part, hints
 from hone.parts import catalogue
 
@@ -102,8 +103,7 @@ def test_pair_of_texts():
     sample = convert(row)
     assert (sample.kind, sample.prompt, sample.answers) == ("pair", "ask", ("good", "bad"))
     assert sample.fields == {"margin": 1.5} and sample.extra == {}
-    for name in ("question", "instruction"):
-        assert convert({name: "ask", "chosen": "good", "rejected": "bad"}).prompt == "ask"
+    assert convert({"question": "ask", "chosen": "good", "rejected": "bad"}).prompt == "ask"
     assert convert({"chosen": "the same start", "rejected": "the same end"}).prompt == ""
 
 
@@ -295,7 +295,7 @@ def test_text_files_are_read_in_passages_of_which_only_the_last_ends(tmp_path):
     source = Files(path=str(tmp_path / "a.txt"), max_tokens=16)
     found = list(source.samples("train")) + list(source.samples("eval"))
     assert len(found) > 5 and all(s.kind == "text" for s in found)
-    assert [s.where for s in found if not s.extra["continues"]] == [max(found, key=lambda s: place(s)).where]
+    assert [s.where for s in found if not s.extra[CONTINUES]] == [max(found, key=lambda s: place(s)).where]
     assert all(s.answers[0].endswith("\n\n") and len(s.answers[0]) < 2 * 256 for s in found)
     assert "".join(s.answers[0] for s in sorted(found, key=place)) == "".join(paragraphs)
 
@@ -313,7 +313,7 @@ def test_passages_are_the_whole_text(tmp_path_factory, text, size):
     path.write_text(text, encoding="utf-8", newline="")
     rows = [row for row, _ in read_text(path, size)]
     assert "".join(row["text"] for row in rows) == (text if text.strip() else "")
-    assert [row["continues"] for row in rows] == [True] * (len(rows) - 1) + [False] * bool(rows)
+    assert [row[CONTINUES] for row in rows] == [True] * (len(rows) - 1) + [False] * bool(rows)
     assert all(row["text"].strip() for row in rows)
 
 
@@ -407,10 +407,25 @@ def test_fingerprint_follows_what_changes_the_samples(tmp_path):
         ("  just this\n", "just this"),
         ("1,2,3", "1,2,3"),
         ("12,345,678.5", "12345678.5"),
+        (r"so it is \boxed{42}.", "42"),
+        (r"\boxed{\frac{1}{2}} at last", "1/2"),
+        (r"answer: 1, or \boxed{2", "2"),
+        ("<think>1</think><answer>\n42 </answer>", "42"),
+        ("**Answer:** 42", "42"),
+        ("Answer: $1,000", "1000"),
+        ("\u22125", "-5"),
     ],
 )
 def test_final_answer(text, final):
     assert final_answer(text) == final
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("42.0", "42", True), ("1/2", "0.5", True), ("1/0", "1/0", True), ("42", "43", False), ("new", "york", False)],
+)
+def test_answers_are_the_same_by_value(one, other, same):
+    assert same_answer(one, f"#### {other}") is same and same_answer(f"answer: {other}", one) is same
 
 
 def test_grade_compares_final_answers():

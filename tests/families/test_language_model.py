@@ -351,3 +351,19 @@ def test_fresh_models_follow_their_tokenizer(tokenizer: Any) -> None:
 def test_wrong_configurations_are_explained(change: dict[str, Any], message: str, tokenizer: Any) -> None:
     with pytest.raises(ModelError, match=message):
         LanguageModel.fresh({**LLAMA, **change}, tokenizer)
+
+
+def test_the_context_ends_where_rotary_embeddings_would_change_for_the_whole_row() -> None:
+    """Phi-3's longrope takes other factors for every position of a row that reaches beyond its first context."""
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [8.0] * 2, "rope_theta": 1e4}
+    model = build("phi3", original_max_position_embeddings=16, rope_parameters=factors, max_position_embeddings=64)
+    model = LanguageModel(model.hf.eval(), None)
+    random = np.random.default_rng(0)
+    trees = [Tree((random.integers(3, 48, n),), (np.ones(n, np.float32),), (-1,)) for n in (10, 16, 30)]
+    with torch.no_grad():
+        alone = model.logprobs(pack(trees[:1]))
+        fits, beyond = (model.logprobs(pack([trees[0], other]))[:10] for other in trees[1:])
+    assert model.context == 16
+    torch.testing.assert_close(fits, alone, rtol=0, atol=1e-5)
+    assert (beyond - alone).abs().max() > 1e-3  # what the limit is for
+    assert build("phi3", max_position_embeddings=64).context == 64

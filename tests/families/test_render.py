@@ -20,6 +20,7 @@ from families.chat_styles import (
     sentencepiece,
     trained_text,
 )  # fmt: skip
+from hone.data.formats import CONTINUES
 from hone.data.sample import Message, Sample
 from hone.errors import DataError, ModelError
 from hone.text.pack import pack
@@ -69,14 +70,14 @@ def test_without_a_prompt_something_still_precedes_the_first_trained_token(adds_
 
 def test_without_any_token_to_start_with_the_first_token_is_not_trained():
     renderer = Renderer(byte_level(adds_bos=False, bos_token=None, eos_token=None))
-    (tree,) = renderer.render(Sample("text", answers=("the user asks",), extra={"continues": True}))
+    (tree,) = renderer.render(Sample("text", answers=("the user asks",), extra={CONTINUES: True}))
     assert tree.weights[0][0] == 0 and tree.weights[0][1:].all()
     with pytest.raises(ModelError, match=r"x:1: the prompt is empty"):
         renderer.prompt_ids(Sample("prompt", "", where="x:1"))
 
 
 def test_a_passage_of_a_longer_text_has_no_end():
-    (tree,) = Renderer(PLAIN).render(Sample("text", answers=("the user",), extra={"continues": True}))
+    (tree,) = Renderer(PLAIN).render(Sample("text", answers=("the user",), extra={CONTINUES: True}))
     assert tree.tokens[0].tolist() == PLAIN("the user")["input_ids"]
 
 

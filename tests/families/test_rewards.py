@@ -146,8 +146,23 @@ def test_the_hackable_reward_is_hacked_by_repetition_and_cured() -> None:
 
 def test_true_equations() -> None:
     good = ["4+5=9", "f(7)=7+6=13", "6+9+0=15 c1 5", "8 - 0 - 0 = 8 b0", "29=4*7+1", "(2+3)*4=20 and 7//2=3", "-3+5=2",
-            "10/4=2.5", "2.5+1=3.5", "0.05+0.10=0.15", "007+1=8"]  # fmt: skip
-    bad = ["4+5=8", "no equation", "answer: 5", "a=b", "1/0=1", "4=4*1+1", "9" * 300 + "=1", "2**9=512", "10/4=2.05"]
+            "10/4=2.5", "2.5+1=3.5", "0.05+0.10=0.15", "007+1=8", "3 \u00d7 4 = 12", "1,000+2=1,002", "- 3+4=7",
+            "so, 3+4=7", "x + 3 = 7, so x = 7 - 3 = 4", "50% of 20 = 10, 3 apples + 4 = 7 and 10-7=3"]  # fmt: skip
+    bad = [
+        "4+5=8",
+        "no equation",
+        "answer: 5",
+        "a=b",
+        "1/0=1",
+        "4=4*1+1",
+        "9" * 300 + "=1",
+        "2**9=512",
+        "10/4=2.05",
+        "x + 3 = 7",
+        "7 = 7",
+        "1+" * 20_000,
+        "-" * 20_000 + "1=1",
+    ]
     assert scores(TrueEquations(), *good) == [1] * len(good)
     assert scores(TrueEquations(), *bad) == [0] * len(bad)
     own = [

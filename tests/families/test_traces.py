@@ -6,13 +6,14 @@ from fractions import Fraction
 
 import pytest
 
+from hone.data.answers import number
 from hone.data.chains import Chains
 from hone.data.random_calculation import RandomCalculation
 from hone.data.sample import Sample
 from hone.data.traces import BACK, TAGS, Traces
 from hone.errors import DataError
 from hone.rewards.base import Attempt
-from hone.rewards.closeness import Closeness, number
+from hone.rewards.closeness import Closeness
 
 
 def source(**options: object) -> Traces:

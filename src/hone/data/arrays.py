@@ -289,7 +289,7 @@ class Images(ArraySource):
     Args:
         path: folder, or Hub name "owner/name".
         side: sides in pixels that every image is cropped and scaled to; None takes them as they are.
-        grey: whether colours become grey.
+        grey: true makes colours grey, false gives grey images three channels; None takes them as they are.
         conditional: whether images are labelled with their class.
         column: column of the images of a Hub set.
         label: column of their classes.
@@ -297,18 +297,19 @@ class Images(ArraySource):
 
     path: str
     side: Count | None = None
-    grey: bool = False
+    grey: bool | None = None
     conditional: bool = False
     column: str = "image"
     label: str = "label"
     _rows: list[str] = field(init=False, default_factory=list, repr=False)
 
     def content(self) -> str:
-        """Return the names and sizes of the files, or the name of the set."""
+        """Return the names and hashes of the files, or the name of the set."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             return self.path
-        return json.dumps([(str(p.relative_to(folder)), p.stat().st_size) for p in self._files(folder)])
+        found = [(str(p.relative_to(folder)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in self._files(folder)]
+        return json.dumps(found)
 
     def _files(self, folder: Path) -> list[Path]:
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)
@@ -329,7 +330,7 @@ class Images(ArraySource):
             if arrays and array.shape != arrays[0].shape:
                 raise DataError(
                     f"{where}: this image is {tuple(array.shape)} (channels, height, width), but the first is "
-                    f"{tuple(arrays[0].shape)}; give side: 64 or so, and grey: true for mixed colours"
+                    f"{tuple(arrays[0].shape)}; give {self._way_out(array, arrays[0])}"
                 )
             arrays.append(array)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(arrays)))
@@ -359,9 +360,15 @@ class Images(ArraySource):
                 raise DataError(f"{self.path}: there is no column '{self.column}'; it has {', '.join(row)}")
             yield (f"{self.path}:{number}", row[self.column]), str(row.get(self.label, ""))
 
+    def _way_out(self, array: Tensor, first: Tensor) -> str:
+        sizes = [] if array.shape[1:] == first.shape[1:] else ["side: 64 or so"]
+        colours = [] if len(array) == len(first) else ["grey: true, or grey: false to take all as colours"]
+        return ", and ".join([*sizes, *colours])
+
     def _array(self, picture: Any) -> Tensor:
         """Return a picture as (C, H, W) in [-1, 1]."""
-        picture = picture.convert("L" if self.grey or picture.mode in ("1", "L") else "RGB")
+        grey = picture.mode in ("1", "L") if self.grey is None else self.grey
+        picture = picture.convert("L" if grey else "RGB")
         if self.side is not None:
             short = min(picture.size)
             left, top = (picture.width - short) // 2, (picture.height - short) // 2

@@ -14,7 +14,10 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-UNSUPPORTED_KEYS = {"tool_calls": None, "function_call": None, "weight": 1}  # of a turn: the value that loses nothing
+UNSUPPORTED_KEYS = {  # of a turn: the value that loses nothing
+    "tool_calls": None, "function_call": None, "reasoning_content": None, "reasoning": None, "thinking": None,
+    "weight": 1,
+}  # fmt: skip
 
 
 class Cells:
@@ -74,6 +77,9 @@ class Cells:
         if not isinstance(value, list) or not value:
             fix = 'Write turns such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
             raise self.fault(role, "a list of turns", "an empty list" if value == [] else shown(value), fix)
+        if self.row.get("tools") not in (None, "", "[]", [], {}):
+            fix = "They would be lost; put them into the system turn's text and remove the column."
+            raise DataError(f"{self.where}: field 'tools': expected none, found {shown(self.row['tools'])}. {fix}")
         return tuple(self._turn(role, number, turn) for number, turn in enumerate(value, start=1))
 
     def _turn(self, role: str, number: int, turn: Any) -> Message:
@@ -86,7 +92,7 @@ class Cells:
                 fix = nearest(key, turn) or "Turns are {role, content} or {from, value}"
                 raise self.fault(role, f"turn {number} to have '{key}'", f"only {quoted(turn)}", f"{fix}.")
         for key, harmless in UNSUPPORTED_KEYS.items():
-            if turn.get(key) not in (harmless, None, [], {}):
+            if turn.get(key) not in (harmless, None, "", [], {}):
                 fix = "It would be lost; remove it or put it into the text."
                 raise self.fault(role, f"turn {number} without '{key}', which is not supported", shown(turn[key]), fix)
         known = ROLES.get(turn[speaker]) if isinstance(turn[speaker], str) else None

@@ -113,7 +113,10 @@ def expand(path: str) -> list[Path]:
     else:
         near = nearest(place.name, (p.name for p in place.parent.iterdir())) if place.parent.is_dir() else ""
         raise DataError(f"{path}: there is no such file or folder" + (f"; {near}" if near else ""))
-    readable = [file for file in found if file.is_file() and (suffix(file) in READERS or suffix(file) == ".txt")]
+    readable = [
+        file for file in found
+        if file.is_file() and (suffix(file) in READERS or suffix(file) == ".txt") and file.name not in BESIDE
+    ]  # fmt: skip
     if not readable:
         raise DataError(f"{path}: no data file is there; {known}")
     return readable
@@ -146,8 +149,8 @@ def _lines(file: Path, size: int = -1) -> Iterator[tuple[str, int]]:
                 raw = rest + raw
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
-                # A part may end inside a character: its first bytes wait for the next part.
-                whole = raw if raw.endswith(b"\n") or size < 0 else raw[: _whole(raw)]
+                # A part may end inside a character, or inside a line break: the bytes wait for the next part.
+                whole = raw if raw.endswith(b"\n") or size < 0 else raw[: _whole(raw)].removesuffix(b"\r")
                 rest = raw[len(whole) :]
                 yield whole.decode("utf-8"), number
                 number += whole.endswith(b"\n")
@@ -224,6 +227,8 @@ def read_json(file: Path) -> Rows:
             yield from read_jsonl(file)
             return
         _parse(text, file, 1)  # says where
+    if isinstance(value, dict) and not isinstance(value.get("data"), list) and len(text.strip().splitlines()) == 1:
+        value = [value]  # JSON lines of a single row
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(f'{file}:1: expected an array of objects or {{"data": [...]}}, found {type(value).__name__}')
@@ -312,6 +317,7 @@ def read_text(file: Path, size: int) -> Rows:
         yield {"text": ready + last, CONTINUES: False}, f"{file}:{ready_at}"
 
 
+BESIDE = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what describes data, not data
 READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,

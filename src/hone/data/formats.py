@@ -12,8 +12,9 @@
     prompt      prompt                                               prompt, for generation and on-policy learning
 
 The first format whose columns are all there is taken and all rows are held to it. A `system` column goes before the
-prompt. Other columns go to `Sample.extra`, except numbers in columns named `weight`, `margin`, `label` or `reward`,
-which go to `Sample.fields`. A `label` is the class of a text too, whether it is a number or a name.
+prompt. Where the prompt of pairs and lists is an `instruction`, it is written as alpaca's is, with its `input`. Other
+columns go to `Sample.extra`, except numbers in columns named `weight`, `margin`, `label` or `reward`, which go to
+`Sample.fields`. A `label` is the class of a text too, whether it is a number or a name.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from hone.data.sample import Message, Sample
 from hone.errors import DataError, nearest
 
 FIELDS = ("weight", "margin", "label", "reward")
-CONTINUES = "continues"  # true in a row of running text that is not the last of its document: no end-of-text token then
+# True in a row of running text that is not the last of its document: no end-of-text token then. No column is called so.
+CONTINUES = "hone:continues"
 ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n{}### Response:\n"
 )
+_TRUTHS = {"true": 1.0, "false": 0.0}
 HH_ANSWER = "\n\nAssistant:"  # in sets such as Anthropic's hh-rlhf a pair of texts shares everything up to here
 
 
@@ -40,12 +43,10 @@ def _text(cells: Cells) -> Sample:
 
 
 def _prompt(cells: Cells) -> Sample:
-    value = cells.get("prompt")
-    if not isinstance(value, list):
-        text = cells.text("prompt")
-        chat = (*_system(cells), Message("user", text))
-        return Sample("prompt", prompt=chat if cells.chat else _plain_system(cells) + text)
-    turns = (*_system(cells), *cells.turns("prompt"))
+    if not isinstance(cells.get("prompt"), list):
+        cells.text("prompt")  # must be there
+        return Sample("prompt", prompt=_asked(cells))
+    turns = _after_system(cells, cells.turns("prompt"))
     if turns[-1].role == "assistant":
         fix = "Remove that turn."
         raise cells.fault("prompt", "a prompt to end before the answer", "an assistant turn at its end", fix)
@@ -53,7 +54,7 @@ def _prompt(cells: Cells) -> Sample:
 
 
 def _messages(cells: Cells) -> Sample:
-    turns = (*_system(cells), *cells.turns("messages"))
+    turns = _after_system(cells, cells.turns("messages"))
     if turns[0].role == "assistant":
         fix = "Remove that turn or put the user's turn before it."
         raise cells.fault("messages", "a conversation to begin with a user", "an assistant turn at its start", fix)
@@ -75,6 +76,30 @@ def _plain_system(cells: Cells) -> str:
     return "".join(f"{turn.content}\n\n" for turn in _system(cells))
 
 
+def _after_system(cells: Cells, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return turns behind what a `system` column holds, unless they begin with a system turn of their own."""
+    return turns if turns and turns[0].role == "system" else (*_system(cells), *turns)
+
+
+def _asked(cells: Cells) -> str | tuple[Message, ...]:
+    """Return the prompt that a row holds: a text or, with `chat` or where it is given so, turns; "" without one."""
+    if isinstance(cells.get("prompt"), list):
+        return _after_system(cells, cells.turns("prompt"))
+    if cells.get("prompt") is None:
+        return _plain_system(cells)
+    plain, user = _task(cells, "prompt") if cells.columns["prompt"] == INSTRUCTION else (cells.text("prompt"),) * 2
+    return (*_system(cells), Message("user", user)) if cells.chat else _plain_system(cells) + plain
+
+
+def _task(cells: Cells, role: str) -> tuple[str, str]:
+    """Return an instruction with its input, in the template of Stanford Alpaca and as a user would write it."""
+    task, given = cells.text(role, empty=False), cells.text("input") if cells.get("input") is not None else ""
+    if not given.strip():
+        return ALPACA.format("", task, ""), task
+    beside = ", paired with an input that provides further context"
+    return ALPACA.format(beside, task, f"### Input:\n{given}\n\n"), f"{task}\n\n{given}"
+
+
 def _exchange(cells: Cells, user: str, answer: str, plain_prompt: str, plain_answer: str) -> Sample:
     """Return a completion of plain texts or, with `chat`, a conversation of two turns; a system text comes first."""
     if cells.chat:
@@ -83,12 +108,12 @@ def _exchange(cells: Cells, user: str, answer: str, plain_prompt: str, plain_ans
 
 
 def _alpaca(cells: Cells) -> Sample:
-    task, answer = cells.text("instruction", empty=False), cells.text("output", empty=False)
-    given = cells.text("input") if cells.get("input") is not None else ""
-    if given.strip():
-        plain = ALPACA.format(", paired with an input that provides further context", task, f"### Input:\n{given}\n\n")
-        return _exchange(cells, f"{task}\n\n{given}", answer, plain, answer)
-    return _exchange(cells, task, answer, ALPACA.format("", task, ""), answer)
+    plain, user = _task(cells, "instruction")
+    answer = cells.text("output", empty=False)
+    if cells.row.get("history"):
+        fix = "They would be lost; write such rows as conversations, in a column 'messages'."
+        raise DataError(f"{cells.where}: field 'history': expected no earlier turns, found some. {fix}")
+    return _exchange(cells, user, answer, plain, answer)
 
 
 def _qa(cells: Cells) -> Sample:
@@ -98,7 +123,7 @@ def _qa(cells: Cells) -> Sample:
 
 def _completion(cells: Cells) -> Sample:
     if isinstance(cells.get("prompt"), list):
-        turns = (*_system(cells), *cells.turns("prompt"))
+        turns = _after_system(cells, cells.turns("prompt"))
         return Sample("completion", prompt=turns, answers=(_answer_turns(cells, "completion"),))
     prompt, answer_text = cells.text("prompt"), cells.text("completion", empty=False)
     return _exchange(cells, prompt, answer_text, prompt, answer_text)
@@ -125,8 +150,7 @@ def _list(cells: Cells) -> Sample:
     if len(set(scores)) < 2:
         fix = "Remove the row: it says of no answer that it is better."
         raise cells.fault("scores", "scores that differ", shown(scores), fix)
-    prompt = _plain_system(cells) + cells.text("prompt") if cells.get("prompt") is not None else ""
-    return Sample("list", prompt=prompt, answers=tuple(answers), scores=tuple(map(float, scores)))
+    return Sample("list", prompt=_asked(cells), answers=tuple(answers), scores=tuple(map(float, scores)))
 
 
 def _tagged(cells: Cells) -> Sample:
@@ -146,16 +170,14 @@ def _pair(cells: Cells) -> Sample:
         return _pair_of_turns(cells)
     chosen, rejected = cells.text("chosen", empty=False), cells.text("rejected", empty=False)
     if given is not None:
-        prompt = _plain_system(cells) + cells.text("prompt")
-        return Sample("pair", prompt=prompt, answers=(chosen, rejected))
+        return Sample("pair", prompt=_asked(cells), answers=(chosen, rejected))
     before, mark, _ = chosen[: _shared(chosen, rejected)].rpartition(HH_ANSWER)
     cut = len(before) + len(mark)
     return Sample("pair", prompt=_plain_system(cells) + chosen[:cut], answers=(chosen[cut:], rejected[cut:]))
 
 
 def _pair_of_turns(cells: Cells) -> Sample:
-    given = cells.get("prompt")
-    prompt = () if given is None else (cells.turns("prompt") if isinstance(given, list) else (Message("user", given),))
+    prompt = _pair_prompt(cells)
     chosen, rejected = _answer_turns(cells, "chosen"), _answer_turns(cells, "rejected")
     same = _shared(chosen, rejected)
     common, answers = chosen[:same], (chosen[same:], rejected[same:])
@@ -165,12 +187,19 @@ def _pair_of_turns(cells: Cells) -> Sample:
             raise cells.fault(role, "an assistant turn that the other answer lacks", "none after the shared turns", fix)
     # Many sets repeat the prompt inside both answers, often after a system turn that the prompt column lacks.
     repeated = {turn.content for turn in prompt} <= {turn.content for turn in common}
-    prompt = common if repeated else (*prompt, *common)
-    if prompt and prompt[0].role != "system":
-        prompt = (*_system(cells), *prompt)
+    prompt = common if repeated else prompt if prompt[-same:] == common else (*prompt, *common)
+    prompt = _after_system(cells, prompt) if prompt else prompt
     if (prompt or answers[0])[0].role == "assistant" or (not prompt and answers[1][0].role == "assistant"):
         raise cells.fault("chosen", "a prompt before the answers", "an assistant turn first", "Add a 'prompt' column.")
     return Sample("pair", prompt=prompt, answers=answers)
+
+
+def _pair_prompt(cells: Cells) -> tuple[Message, ...]:
+    """Return the turns that a pair's prompt column holds, a text as a user's."""
+    given = cells.get("prompt")
+    if given is None or isinstance(given, list):
+        return () if given is None else cells.turns("prompt")
+    return (Message("user", _task(cells, "prompt")[1] if cells.columns["prompt"] == INSTRUCTION else given),)
 
 
 def _shared(first: Any, second: Any) -> int:
@@ -196,25 +225,29 @@ class _Shape:
     may: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+INSTRUCTION = "instruction"  # the prompt column of rows in Alpaca's form, beside which an input may stand
 _SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system",)}
+_PROMPT: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", INSTRUCTION), "input": ("input", "context"), **_SYSTEM,
+}  # fmt: skip
 SHAPES = (
     _Shape(
         "pairs",
         {"chosen": ("chosen",), "rejected": ("rejected",)},
         _pair,
-        {"prompt": ("prompt", "question", "instruction"), **_SYSTEM},
+        _PROMPT,
     ),
     _Shape(
         "list",
         {"answers": ("answers", "responses"), "scores": ("scores",)},
         _list,
-        {"prompt": ("prompt", "question", "instruction"), **_SYSTEM},
+        _PROMPT,
     ),
     _Shape("tagged", {"words": ("words", "tokens"), "tags": ("tags", "ner_tags", "labels")}, _tagged),
     _Shape("messages", {"messages": ("messages", "conversations", "conversation")}, _messages, _SYSTEM),
     _Shape(
         "alpaca",
-        {"instruction": ("instruction",), "output": ("output", "response")},
+        {"instruction": (INSTRUCTION,), "output": ("output", "response")},
         _alpaca,
         {"input": ("input", "context"), **_SYSTEM},
     ),
@@ -271,14 +304,31 @@ class Format:
                 raise DataError(f"{where}: missing column '{column}' (found {quoted(row)}); {hint}")
         columns = dict(self.columns)
         for role, names in self.shape.may.items():  # rows may have an optional column that the first one lacked
-            if role not in columns and (found := _first(names, row, columns.values())):
+            if role not in columns and _fits(role, columns) and (found := _first(names, row, columns.values())):
                 columns[role] = found
         cells = Cells(row, columns, where, self.chat)
-        sample, numbers = self.shape.build(cells), _numbers(cells)
+        sample, numbers = _encodable(self.shape.build(cells), where), _numbers(cells)
         used = {column for role, column in columns.items() if role not in FIELDS} | {columns.get(n, n) for n in numbers}
         extra = {column: value for column, value in row.items() if column not in used}
         labels = sample.labels or _label(cells)
         return replace(sample, fields=numbers, labels=labels, extra=extra, where=where)
+
+
+def _encodable(sample: Sample, where: str) -> Sample:
+    """Return a sample whose texts are whole characters: JSON can hold half of one, which no tokenizer takes."""
+    texts = [
+        part if isinstance(part, str) else [turn.content for turn in part] for part in (sample.prompt, *sample.answers)
+    ]
+    for text in (text for part in texts for text in ([part] if isinstance(part, str) else part)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            fix = "Write the whole character or remove the row."
+            raise DataError(
+                f"{where}: expected whole characters, found the half of one ({half}) in a text. {fix}"
+            ) from error
+    return sample
 
 
 def _numbers(cells: Cells) -> dict[str, float]:
@@ -287,7 +337,9 @@ def _numbers(cells: Cells) -> dict[str, float]:
     for name in FIELDS:
         value = cells.row.get(cells.columns.get(name, name))
         try:
-            if isinstance(value, (int, float, str)):
+            if name == "label" and isinstance(value, str) and value.strip().lower() in _TRUTHS:
+                found[name] = _TRUTHS[value.strip().lower()]  # as tables write it
+            elif isinstance(value, (int, float, str)):
                 found[name] = float(value)
         except ValueError:
             value = (
@@ -302,6 +354,11 @@ def _label(cells: Cells) -> tuple[str, ...]:
     """Return the class that a row names, by number or by name; none where it names none."""
     value = cells.row.get(cells.columns.get("label", "label"))
     return (str(value),) if isinstance(value, (int, str)) and str(value).strip() else ()
+
+
+def _fits(role: str, found: Mapping[str, str]) -> bool:
+    """Return whether a role may be told from a column's name: an input stands beside an instruction alone."""
+    return role != "input" or found.get("prompt", INSTRUCTION) == INSTRUCTION
 
 
 def _first(names: tuple[str, ...], row: Mapping[str, Any], taken: Any) -> str | None:
@@ -346,9 +403,9 @@ def _match(shape: _Shape, row: Mapping[str, Any], given: dict[str, str]) -> dict
     roles = {**shape.needs, **shape.may}
     if any(role not in roles and role not in FIELDS for role in given):
         return None
-    found = {}
+    found: dict[str, str] = {}
     for role, names in roles.items():
-        column = given.get(role) or _first(names, row, given.values())
+        column = given.get(role) or (_first(names, row, given.values()) if _fits(role, found) else None)
         if column is not None:
             found[role] = column
         elif role in shape.needs:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hone.data.cells import quoted
 from hone.data.source import RowSource
-from hone.errors import DataError
+from hone.errors import DataError, nearest
 from hone.parts import part
 
 
@@ -17,7 +19,7 @@ class Hub(RowSource):
     """A dataset of the Hugging Face Hub, or a folder that the `datasets` library can load.
 
     Args:
-        path: name on the Hub, "owner/name", or a local folder.
+        path: name on the Hub, "owner/name", or a local folder, of data files or as `save_to_disk` writes it.
         subset: configuration of the dataset, e.g. "main"; None takes the only one.
         split: split of the dataset to read; `holdout` is taken from it.
         revision: commit, tag or branch; give a commit to read the same rows for ever.
@@ -44,11 +46,15 @@ class Hub(RowSource):
         return self._data
 
     def _load(self) -> Any:
-        from datasets import load_dataset
+        from datasets import DatasetDict, load_dataset, load_from_disk
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HfHubHTTPError
 
+        folder = Path(self.path).expanduser()
         try:
+            if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):  # of save_to_disk
+                found = load_from_disk(str(folder))
+                return self._split(found) if isinstance(found, DatasetDict) else found
             return load_dataset(
                 self.path, name=self.subset, split=self.split, revision=self.revision, streaming=self.streaming
             )
@@ -61,6 +67,12 @@ class Hub(RowSource):
             raise DataError(f"{self.title()}: the Hub cannot be reached: {_brief(error)}. {fix}") from error
         except ValueError as error:  # how `datasets` reports an unknown subset or split
             raise DataError(f"{self.title()}: {_brief(error)}. Set 'subset' and 'split' to one of these.") from error
+
+    def _split(self, found: Any) -> Any:
+        if self.split not in found:
+            hint = nearest(self.split, found) or f"it has {quoted(found)}"
+            raise DataError(f"{self.title()}: there is no split '{self.split}'; {hint}")
+        return found[self.split]
 
     def rows(self) -> Iterator[tuple[dict[str, Any], str]]:
         """Yield every row with its place, e.g. "openai/gsm8k[main:train]:17"."""

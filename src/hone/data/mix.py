@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -17,7 +17,7 @@ from hone.options import Nested
 from hone.parts import part
 
 SOURCE = "source"  # field of a sample, and of every segment of its tree, that says which source it is from
-_KEY = "mix"  # where a sample carries the way back to its source
+_KEY = "hone:mix"  # where a sample carries the way back to its source
 
 
 @part("data", "mix", papers="original")
@@ -40,6 +40,7 @@ class Mix(Source):
     sources: Annotated[list[Any], Nested("data")]
     weights: list[Annotated[float, Field(gt=0)]] | None = None
     mark: bool = False
+    _held_out: list[Split] | None = field(default=None, init=False, repr=False)  # of each source, once it is asked
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the sources and their weights."""
@@ -54,10 +55,17 @@ class Mix(Source):
         Args:
             split: "train" (in proportion to the weights, at most `limit`) or "eval" (all, the sources in turn).
         """
-        streams = [source.samples(split) for source in self.sources]
         if split == "train":
+            streams = [source.samples("train") for source in self.sources]
             return map(self._marked, itertools.islice(self._interleave(streams), self.limit))
+        splits = self._held_out or ["eval"] * len(self.sources)
+        streams = [source.samples(own) for source, own in zip(self.sources, splits, strict=True)]
         return map(self._marked, _in_turn(streams))
+
+    def evaluation_split(self) -> Split:
+        """Let every source say what it is evaluated on, so that files in a mixture are, like alone, as a whole."""
+        self._held_out = [source.evaluation_split() for source in self.sources]
+        return "eval"
 
     def _marked(self, sample: Sample) -> Sample:
         if not self.mark:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,8 +122,21 @@ class Rendering:
         return cache_key(
             source=self.source.fingerprint(), renderer=self.renderer.fingerprint, split=self.split,
             consumes="/".join((self.consumes, *self.classes)), max_tokens=self.source.max_tokens,
-            overlong=self.source.overlong,
+            overlong=self.source.overlong, code=_code(),
         )  # fmt: skip
+
+
+@cache
+def _code() -> str:
+    """Return a hash of the code that makes trees of rows, so that what an older one made is not served again."""
+    here = Path(__file__).parent
+    names = ("cells", "formats", "files", "overlong", "../text/render", "../text/template")
+    return hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in names)).hexdigest()
+
+
+def _streams(source: Source) -> bool:
+    """Return whether a source, or one inside it, streams, so that its content is not known before it is read."""
+    return source.streaming or any(_streams(inner) for inner in source.inner())
 
 
 def mismatch(sample: Sample, consumes: str) -> DataError:
@@ -288,7 +304,7 @@ def open_data(
         if next(rendering.samples(), None) is None:
             raise _empty(source)
         return Opened(rendering, None)
-    if source.cache and not source.streaming:
+    if source.cache and not _streams(source):
         trees = TokenCache.open(rendering.key, rendering.samples, rendering.render, progress=progress)
     else:
         trees = TokenCache.in_memory(rendering.samples, rendering.render, progress=progress)

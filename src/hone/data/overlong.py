@@ -69,7 +69,7 @@ class Counts:
         all_kept = self.kept == self.samples
         parts = [
             f"{self.samples:,} samples, {'all' if all_kept else f'{self.kept:,}'} kept: "
-            f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained"
+            f"{self.tokens:,} tokens" + (f", {self.trained_tokens:,} of them trained" if self.trained_tokens else "")
         ]
         for name, text in _MISHAPS.items():
             if count := getattr(self, name):

@@ -91,7 +91,7 @@ class Rollouts(Derived):
         batch: most samples that are generated at once.
     """
 
-    rewards: Annotated[Any, Nested("reward")] = None
+    rewards: Annotated[Any, Nested("reward", several=True)] = None
     make: Make = "auto"
     prompts: Count = 8
     samples_each: Count = 8

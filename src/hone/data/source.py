@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from hone.data.answers import same_answer
 from hone.data.formats import COLUMN_KEYS, Format, sniff
 from hone.data.sample import Kind, Sample
 from hone.errors import DataError, nearest
@@ -26,7 +26,6 @@ Overlong = Literal["truncate", "drop", "split"]
 SHARE = 10  # at least this many rows stand behind each held-out one
 REFERENCES = ("answer", "reference", "ground_truth", "solution")  # columns that hold the right answer, in this order
 _SAME_SAMPLES = ("shuffle", "workers", "cache")  # options that change how samples are served, not what they are
-_MARKER = re.compile(r"####|answer\s*:", re.IGNORECASE)
 
 
 @dataclass(kw_only=True)
@@ -137,8 +136,7 @@ class Source(ABC):
     def grade(self, sample: Sample, text: str) -> float | None:
         """Return 1 when a generated answer's final answer is that of the reference, else 0.
 
-        The final answer is what follows the last "####" or "answer:" on its line, or the whole text where there is no
-        such marker; white space, thousands separators and a closing full stop do not count.
+        See `hone.data.answers` for what the final answer in a text is, and when two are the same.
 
         Args:
             sample: the sample that was asked.
@@ -148,7 +146,7 @@ class Source(ABC):
             None when the sample has nothing to compare with.
         """
         expected = reference(sample)
-        return None if expected is None else float(final_answer(text) == final_answer(expected))
+        return None if expected is None else float(same_answer(text, expected))
 
 
 def reference(sample: Sample) -> str | None:
@@ -163,15 +161,6 @@ def reference(sample: Sample) -> str | None:
     if sample.kind == "messages" and not isinstance(sample.prompt, str):
         return next((turn.content for turn in reversed(sample.prompt) if turn.role == "assistant"), None)
     return None
-
-
-def final_answer(text: str) -> str:
-    """Return the final answer in a text in normal form: "So it is 1,002. #### 1,002." gives "1002"."""
-    marks = list(_MARKER.finditer(text))
-    if marks:
-        text = text[marks[-1].end() :].strip().split("\n", 1)[0]
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", " ".join(text.split()))
-    return text.removesuffix(".")
 
 
 @dataclass(kw_only=True)

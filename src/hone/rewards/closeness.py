@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
+from hone.data.answers import final_answer, number
 from hone.errors import DataError
 from hone.parts import part
 from hone.rewards.base import Attempt, Reward
 
 if TYPE_CHECKING:
     from hone.data.source import Source
-
-NUMBER = re.compile(r"-?\d{1,100}(/\d{1,100}|\.\d{1,100})?")  # bounded: 1e999999999 would take all memory to read
 
 
 @part(
@@ -64,21 +62,6 @@ class Closeness(Reward):
                 f"{attempt.sample.where}: reward 'closeness' needs a number of at most 100 digits, such as -3/2 or "
                 "0.5, in a column called 'answer'"
             )
-        found = number(attempt.whole.rpartition("answer:")[2])
+        found = number(final_answer(attempt.whole))
         near = 0.0 if found is None else float(1 / (1 + abs(found - right) / max(Fraction(1), abs(right))))
         return near if self.signal == "right" else 1 - near
-
-
-def number(text: str) -> Fraction | None:
-    """Return the number that a text is, such as "-3/2", "0.5" or "7", None where it is none or has over 100 digits.
-
-    Args:
-        text: it.
-    """
-    written = text.strip().removesuffix(".")
-    if not NUMBER.fullmatch(written):
-        return None
-    try:
-        return Fraction(written)
-    except ZeroDivisionError:
-        return None

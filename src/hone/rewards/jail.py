@@ -19,8 +19,7 @@ import ctypes
 import decimal
 import fcntl
 import hashlib
-import io
-import itertools
+import importlib.util
 import json
 import os
 import random
@@ -28,9 +27,8 @@ import resource
 import struct
 import sys
 import time
-import types
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 with contextlib.suppress(ImportError):  # libraries that lie outside of the standard library's folder
@@ -40,7 +38,6 @@ with contextlib.suppress(ImportError):  # libraries that lie outside of the stan
     PRELOADED = (bz2, lzma)
 PRELOADED_TOO = (decimal, hashlib, random, zlib)
 
-ANSWER = "<answer>"  # the file name of the code that is run
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}  # its number for seccomp, its column below
 CALLS = {  # system calls that are allowed: their numbers on x86-64 and on ARM64, -1 where there is none
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, -1), "fstat": (5, 80), "lstat": (6, -1),
@@ -298,136 +295,22 @@ def plain(value: object) -> object:
     raise TypeError(f"gave a {type(value).__name__}; expected numbers, texts, lists, tuples, sets or dicts")
 
 
-class Limited(io.StringIO):
-    """What a program prints, up to a limit."""
-
-    def __init__(self, most: int) -> None:
-        """Begin empty.
-
-        Args:
-            most: characters that fit.
-        """
-        super().__init__()
-        self.most = most
-
-    def write(self, text: str) -> int:
-        """Add text.
-
-        Args:
-            text: what is printed.
-
-        Raises:
-            OSError: it is too much.
-        """
-        if self.tell() + len(text) > self.most:
-            raise OSError("printed too much")
-        return super().write(text)
-
-
-class Counter:
-    """Counts the lines of the answer that are executed.
-
-    It can be led astray by code that sets out to, which an audit hook makes hard, not impossible; see `sandbox.py`.
-    """
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self.lines = itertools.count()
-
-    def start(self) -> None:
-        """Count from now on."""
-        sys.settrace(self._enter)
-
-        def refuse(event: str, details: tuple[Any, ...]) -> None:
-            if event in ("sys.settrace", "sys.setprofile") or event.startswith(("ctypes.", "sys.monitoring")):
-                raise RuntimeError(f"{event} is not allowed while lines are counted")
-
-        sys.addaudithook(refuse)
-
-    def total(self) -> int:
-        """Return how many there were."""
-        return next(self.lines)
-
-    def _enter(self, frame: types.FrameType, event: str, value: object) -> Callable[..., Any] | None:
-        if frame.f_code.co_filename != ANSWER:
-            return None
-
-        def step(frame: types.FrameType, event: str, value: object) -> Callable[..., Any]:
-            if event == "line":
-                next(self.lines)
-            return step
-
-        return step
-
-
-def run_code(code: types.CodeType, name: str) -> dict[str, Any]:
-    """Run the answer as a module and return its names.
+def sibling(name: str) -> Any:
+    """Return a module that lies beside this file: nothing of the package can be imported by its name here.
 
     Args:
-        code: the compiled answer.
-        name: of the module.
+        name: of the file.
     """
-    module = types.ModuleType(name)
-    sys.modules[name] = module
-    exec(code, module.__dict__)
-    return module.__dict__
-
-
-def answer_test(test: dict[str, Any], names: dict[str, Any], code: types.CodeType, most: int) -> dict[str, Any]:
-    """Return what the answer gives for one test.
-
-    Args:
-        test: "call" with "args" and "kwargs", or "input" of a program.
-        names: of the answer as a module, for calls.
-        code: of the answer, for programs.
-        most: characters that may be printed.
-    """
-    if "call" in test:
-        return {"value": names[test["call"]](*test.get("args", []), **test.get("kwargs", {}))}
-    sys.stdin, sys.stdout = io.StringIO(test["input"]), Limited(most)
-    with contextlib.suppress(SystemExit):
-        run_code(code, "__main__")
-    return {"output": sys.stdout.getvalue() if isinstance(sys.stdout, Limited) else ""}
-
-
-def work(job: dict[str, Any], channel: Channel, most: int) -> None:
-    """Run an answer on its tests.
-
-    Args:
-        job: "code", "tests", and "count" whether lines are counted.
-        channel: where results go.
-        most: characters that may be printed by a program.
-    """
-    try:
-        code = compile(job["code"], ANSWER, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        channel.say(compiled=False, error=f"{type(error).__name__}: {error}"[:200])
-        return
-    channel.say(compiled=True)
-    counter = Counter()
-    if job["count"]:
-        counter.start()
-    names: dict[str, Any] = {}
-    sys.stdout = sys.stderr = Limited(most)
-    try:
-        if any("call" in test for test in job["tests"]):
-            names = run_code(code, "answer")
-        failed = ""
-    except BaseException as error:  # whatever foreign code raises
-        failed = f"{type(error).__name__}: {error}"[:200]
-    for number, test in enumerate(job["tests"]):
-        try:
-            if failed and "call" in test:
-                raise RuntimeError(failed)
-            channel.say(test=number, **answer_test(test, names, code, most))
-        except BaseException as error:
-            channel.say(test=number, error=f"{type(error).__name__}: {error}"[:200])
-    channel.say(done=True, lines=counter.total() if job["count"] else None)
+    spec = importlib.util.spec_from_file_location(name, f"{os.path.dirname(os.path.abspath(__file__))}/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> None:
     """Take a job, shut this process in, and work."""
-    settings = json.loads(sys.argv[1])
+    settings, running = json.loads(sys.argv[1]), sibling("answers_run")
     del sys.argv[1:]
     job = json.loads(sys.stdin.buffer.read())
     channel = Channel(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 10))
@@ -454,7 +337,7 @@ def main() -> None:
         channel.say(refused=f"{layer}: {error}")
         os._exit(3)
     channel.say(started=spent + time.process_time())
-    work(job, channel, settings["output"])
+    running.work(job, channel, settings["output"])
     os._exit(0)
 
 

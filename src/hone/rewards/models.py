@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.data.formats import CONTINUES
-from hone.data.sample import Sample
+from hone.data.sample import Sample, opened
 from hone.errors import HoneError, ModelError
 from hone.parts import part
 from hone.rewards.base import Attempt, Reward
@@ -92,14 +92,7 @@ class ModelReward(Reward):
         trees = []
         for (_, ended), members in groups.items():
             sample = attempts[members[0]].sample
-            prompt = sample.prompt
-            if (
-                sample.kind == "messages"
-                and not isinstance(prompt, str)
-                and prompt[-1:]
-                and prompt[-1].role == "assistant"
-            ):
-                prompt = prompt[:-1]
+            prompt = opened(sample).prompt
             for start in range(0, len(members), 64):
                 some = members[start : start + 64]
                 asked = Sample(

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 Refine = Literal["none", "clip", "delta", "clip-delta"]
 SENTENCE = re.compile(r".*?(?:[.!?]+(?=\s|$)\s*|\n+|$)", re.DOTALL)
 NUMBER = r"\d+(?:\.\d+)?"
-SIDE = rf"[-(]*{NUMBER}\)*(?: *(?://|[-+*/%]) *[-(]*{NUMBER}\)*)*"
+TERM = rf"[-(]{{0,9}}{NUMBER}\){{0,9}}"
+SIDE = rf"{TERM}(?: *(?://|[-+*/%]) *{TERM}){{0,40}}"  # bounded: "1+1+1+..." would take quadratic time
 EQUATION = re.compile(rf"(?<![\w.(])({SIDE}) *=(?= *({SIDE}))")
+SIGNS = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-"})
 LONGEST = 200  # characters of one side of an equation
 OPERATIONS = {
     ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
@@ -92,7 +94,7 @@ class Process(Reward):
         threshold: of clip: a step worth as much is good, and costs nothing.
     """
 
-    of: Annotated[Any, Nested("reward")]
+    of: Annotated[Any, Nested("reward", several=True)]
     on: Literal["steps", "prefixes"] = "steps"
     segments: Literal["lines", "sentences"] = "lines"
     refine: Refine = "none"
@@ -193,6 +195,24 @@ def value_of(text: str) -> float | None:
         return None
 
 
+def equations(text: str) -> list[tuple[str, str]]:
+    """Return the two sides of each equation of numbers that computes something: "x + 3 = 7" and "x = 7" are none.
+
+    Args:
+        text: it may write 1,000 for 1000, and the signs of times, divided by and minus in type.
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.translate(SIGNS))
+    found = []
+    for match in EQUATION.finditer(text):
+        line = text[max(0, match.start() - LONGEST) : match.start()].rpartition("\n")[2]
+        before = line.strip()  # what a sign in front of it belongs to; alone in its line it is the mark of a list
+        part_of_more = before[-1:] in tuple("+-*/%^") and before not in tuple("+-*")
+        sides = match.group(1), match.group(2)
+        if not part_of_more and not line.endswith(",") and any(re.search(r"[\d)] *[-+*/%]", side) for side in sides):
+            found.append(sides)
+    return found
+
+
 def _value(node: ast.expr) -> float:
     match node:
         case ast.Constant(value=int(number) | float(number)):
@@ -227,8 +247,7 @@ class TrueEquations(Reward):
         return [self.right if self._true(attempt.whole) else self.wrong for attempt in attempts]
 
     def _true(self, text: str) -> bool:
-        found = EQUATION.findall(text)
-        sides = [(value_of(left), value_of(right)) for left, right in found]
+        sides = [(value_of(left), value_of(right)) for left, right in equations(text)]
         return bool(sides) and all(
             left is not None and right is not None and math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-12)
             for left, right in sides

@@ -64,7 +64,7 @@ class Rerank:
 
     majority: argmax_a |C_a|;  best: argmax_i c_i;  weighted: argmax_a sum_(i in C_a) c_i
 
-    C_a are the solutions with final answer a (see `hone.data.source.final_answer`), c_i the evaluator's probability
+    C_a are the solutions with final answer a (see `hone.data.answers`), c_i the evaluator's probability
     that solution i is right, which data `verdicts` trains. Answers that ran out of tokens have no vote.
 
     Args:
@@ -107,7 +107,7 @@ class Rerank:
             prompts: token ids of each prompt.
             groups: per prompt its generations, `count` for each that is wanted.
         """
-        from hone.data.source import final_answer
+        from hone.data.answers import final_answer
 
         asked = [model.renderer.decode(prompt) for prompt in prompts]
         votes = [  # per election the prompt's text and the generations that stand

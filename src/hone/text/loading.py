@@ -39,6 +39,7 @@ def find_model(path: str | Path) -> str:
         return str(folder)
     if folder.is_dir():
         inside = sorted(child.name for child in folder.iterdir() if (child / "config.json").is_file())
+        inside = ["model"] if (folder / "recipe.yaml").is_file() and (folder / "model").is_dir() else inside
         hint = f"; it has models in: {', '.join(inside[:5])}" if inside else ""
         raise ModelError(f"'{path}' holds no model: it has neither config.json nor {CONFIG_FILE}{hint}")
     is_hub_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "~"))
@@ -69,7 +70,9 @@ def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedMod
     try:
         base = find_model(base)
     except ModelError as error:
-        raise ModelError(f"'{path}' is an adapter, and its base is missing: {error}") from error
+        if not (moved := _moved(Path(source), Path(base))):
+            raise ModelError(f"'{path}' is an adapter, and its base is missing: {error}") from error
+        base = moved
     model = _read_model(base, dtype)
     adapter = load_adapter(model, Path(source))
     if not adapter.unmergeable:
@@ -78,6 +81,18 @@ def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedMod
             parameter.requires_grad_(parameter.is_floating_point())
     has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
     return model, load_tokenizer(source if has_tokenizer else base)
+
+
+def _moved(adapter: Path, base: Path) -> str:
+    """Return where the base of an adapter lies when a run of several stages has been moved, "" when not in that run.
+
+    Args:
+        adapter: the adapter's folder.
+        base: what it names: the model of an earlier stage; one of adapters is kept beside them.
+    """
+    inside = Path(*base.parts[-2:])  # stage-1/model
+    places = [adapter / "base", *(folder / inside for folder in adapter.absolute().parents[:2] if base.name == "model")]
+    return next((str(place) for place in places if (place / "config.json").is_file()), "")
 
 
 def _read_model(source: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -136,9 +136,13 @@ class LanguageModel(nn.Module):
     def context(self) -> int | None:
         """The most tokens that a chain may have, None where the architecture sets no limit.
 
-        Virtual tokens that an adapter puts in front are taken off.
+        Virtual tokens that an adapter puts in front are taken off. Longrope, as in Phi-3, turns all positions of a row
+        by other angles once one of them lies beyond the context it was pretrained with: a longer sample would change
+        the others in its row, and a growing answer its own beginning. So that context is the limit there.
         """
-        limit = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        config = self.hf.config.get_text_config()
+        limits = [getattr(config, "max_position_embeddings", None), *_switching(config)]
+        limit = min((limit for limit in limits if limit is not None), default=None)
         return None if limit is None else limit - self.front
 
     @property
@@ -301,6 +305,13 @@ class LanguageModel(nn.Module):
             self.extras.load_state_dict(load_file(path))
         except (RuntimeError, SafetensorError) as error:
             raise ModelError(f"{path} does not fit what the objective puts beside the model: {error}") from error
+
+
+def _switching(config: Any) -> list[int]:
+    """Return the lengths of a row from which its rotary embeddings are others, of all layers that have such."""
+    found = getattr(config, "rope_parameters", None) or {}
+    layers = [found] if "rope_type" in found else [own for own in found.values() if isinstance(own, dict)]
+    return [own["original_max_position_embeddings"] for own in layers if own.get("rope_type") == "longrope"]
 
 
 def _logit_scale(config: Any) -> float:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SILENT = "silent"  # in `extra`: per answer the (begin, end) spans of its characters that are not trained
+SILENT = "hone:silent"  # in `extra`: per answer the (begin, end) spans of its characters that are not trained
 VERSION = 1  # of the rendering; part of the fingerprint that keys the token cache
 Chain = list[tuple[Piece, float]]  # pieces from the start of a text to an end of it, each with its weight
 Segment = tuple[np.ndarray, np.ndarray]  # token ids and their weights

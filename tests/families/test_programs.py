@@ -1,0 +1,57 @@
+"""Programs in the sandbox read and print in all the ways that answers to contests do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hone.data.sample import Sample
+from hone.rewards import sandbox
+from hone.rewards.base import Attempt
+from hone.rewards.code import Code
+
+SUM = {"input": "3 4\n", "expected": "7"}
+WAYS = {
+    "input": "a, b = map(int, input().split())\nprint(a + b)",
+    "exit": "a, b = map(int, input().split())\nprint(a + b)\nexit()",
+    "quit": "print(sum(map(int, input().split())))\nquit(0)\nprint('more')",
+    "stdin": "import sys\nprint(sum(map(int, sys.stdin.read().split())))",
+    "lines": "import sys\nfor line in sys.stdin:\n    print(sum(map(int, line.split())))",
+    "buffer": "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
+    "readline": "import sys\ninput = sys.stdin.buffer.readline\nprint(sum(map(int, input().split())))",
+    "open": "print(sum(map(int, open(0).read().split())))",
+    "write": "import sys\nsys.stdout.write(str(sum(map(int, sys.stdin.readline().split()))))",
+    "bytes": "import sys\nsys.stdout.buffer.write(b'%d' % sum(map(int, sys.stdin.buffer.read().split())))",
+    "closed": "import sys\nprint(sum(map(int, input().split())))\nsys.stdout.close()",
+    "descriptor": "import os\nos.write(1, b'%d' % sum(map(int, os.read(0, 100).split())))",
+    "fileno": "import os, sys\n"
+    "data = os.read(sys.stdin.fileno(), 100)\nos.write(sys.stdout.fileno(), b'%d' % sum(map(int, data.split())))",
+}
+
+
+def worth(code: str, *tests: dict[str, Any]) -> float:
+    sample = Sample(kind="prompt", prompt="p", extra={"tests": list(tests)}, where="here:1")
+    return Code(seconds=2, wall=10).score([Attempt(sample, code)], None)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_program_is_judged_by_what_it_prints_however_it_does(way: str) -> None:
+    assert worth(WAYS[way], SUM) == 1
+    assert worth(WAYS[way], {**SUM, "expected": "8"}) == 0
+
+
+def test_each_test_has_input_and_output_of_its_own() -> None:
+    code = "import os\nprint(open(0).read().strip())\nos.write(1, b'!')"
+    assert worth(code, *({"input": f"{n}\n", "expected": f"{n}\n!"} for n in range(20))) == 1
+
+
+def test_long_inputs_are_read_from_sys() -> None:
+    numbers = " ".join(["7"] * 100_000)
+    assert worth(WAYS["buffer"], {"input": numbers, "expected": "700000"}) == 1
+
+
+@pytest.mark.parametrize("body", ["print('x' * 10**7)", "import os\nfor _ in range(99): os.write(1, b'x' * 10**4)"])
+def test_only_so_much_is_printed(body: str) -> None:
+    ran = sandbox.run(body, [{"input": ""}], sandbox.Limits(seconds=2, wall=10))
+    assert "Error" in ran.results[0]["error"] and not ran.ended
