@@ -270,8 +270,10 @@ def export(
     from hone.engine.use import export_run
 
     made = export_run(run, to, out, dtype)
-    shown = f"{made['path']}\nlargest difference of a logit after reloading: {made['error']:.1e}"
-    print(json.dumps(made) if as_json else shown)
+    shown = [made["path"], f"largest difference of a logit after reloading: {made['error']:.1e}"]
+    shown += [f"by rounding to {dtype}: {made['rounding']:.1e}"] if made["rounding"] is not None else []
+    shown += [f"load it on: {made['base']}"] if made["base"] else []
+    print(json.dumps(made) if as_json else "\n".join(shown))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from hone.errors import Problem, nearest
 
 MEDIA = {"text": "text", "arrays": "arrays (points, images, series)"}
 MIXING = ("average", "posthoc_ema", "lcsc")  # callbacks that end a run with a mix of its weights after several steps
+LAST = (*MIXING, "fpf")  # callbacks that change the weights when a run ends, after one another
 # Adapters whose entries change their meaning during a run, by the option that decides it, with its value if not.
 EXCHANGING: dict[str, tuple[str, str | None]] = {"spiel": ("regrow", "none"), "sara": ("reselect", None)}
 
@@ -39,17 +40,18 @@ def combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Probl
     whole, micro = raw.get("batch_tokens", 4096), raw.get("micro_tokens")
     if isinstance(micro, int) and isinstance(whole, int) and micro > whole:
         found.append(problem("micro_tokens", f"expected at most batch_tokens ({whole}), got {micro}"))
-    found += [problem(f"callbacks.{index}", text) for index, text in _conflicts(raw)]
+    if not staged:  # each stage is looked at with all that it inherits
+        found += [problem(*said) for said in _unevaluated(raw)]
+        found += [problem(f"callbacks.{index}", text) for index, text in _conflicts(raw)]
     if unknown := _unknown_trackers(raw.get("trackers")):
         found.append(problem("trackers", *unknown))
     found += [problem(*said) for said in _mixed_media(raw, at)]
+    found += [problem(*said) for said in _of_one_name(raw)]
     if _lacks_base(raw):
         hint = "use adapter: full, or a pretrained model"
         found.append(problem("adapter", "is saved beside its base, and a fresh model has none", hint))
     if isinstance(raw.get("data"), dict) and raw["data"].get("streaming") is True and epochs is not None:
         found.append(problem("epochs", "a stream has no known length", "give 'steps'"))
-    if raw.get("final") == "best" and raw.get("eval_every") is None:
-        found.append(problem("final", "'best' needs evaluations during the run", "set eval_every"))
     return found
 
 
@@ -72,18 +74,53 @@ def _mixed_media(raw: dict[str, Any], at: str) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
 
 
+def _unevaluated(raw: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (field, message, hint) where weights are chosen by evaluations that are not made."""
+    if raw.get("final") != "best" or raw.get("eval_every") is not None:
+        return []
+    return [("final", "'best' needs evaluations during the run", "set eval_every")]
+
+
+def _of_one_name(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (field, message) of every metric or distance whose figure another one of its name would overwrite."""
+    found, seen = [], set[str]()
+    for kind in ("metric", "distance"):
+        specs = raw.get(f"{kind}s")
+        for index, spec in enumerate(specs if isinstance(specs, list) else []):
+            if (record := opt.record_of(kind, spec)) is None:
+                continue
+            if record.name in seen:
+                said = f"there is a {kind} '{record.name}' already, and figures are known by their names"
+                found.append((f"{kind}s.{index}", said))
+            seen.add(record.name)
+    return found
+
+
 def _conflicts(raw: dict[str, Any]) -> list[tuple[int, str]]:
     """Return what callbacks cannot work with in a recipe, each with the callback's index; wrong callbacks have none."""
     callbacks = raw.get("callbacks")
-    found = []
+    found: list[tuple[int, str]] = []
+    before: list[str] = []  # callbacks that change the weights in the end, so far
     for index, spec in enumerate(callbacks if isinstance(callbacks, list) else []):
         if opt.check_part("callback", spec, "", opt.Places()):
             continue
         found += [(index, text) for text in opt.build_part("callback", spec).conflicts(raw)]
-        name, _ = opt.split_spec("callback", spec)
+        name, options = opt.split_spec("callback", spec)
+        changes = name in LAST or (name == "intruders" and options.get("shrink") is not None)
+        found += [(index, text) for text in (_undone(name, before) if changes else [])]
+        before += [name] * changes
         if name in MIXING and (exchange := _exchange(raw)):
             found.append((index, f"'{name}' would mix {exchange}"))
     return found
+
+
+def _undone(name: str, before: list[str]) -> list[str]:
+    """Return what a callback that changes the weights in the end would undo of those that do so before it."""
+    if name in MIXING and before:
+        return [f"'{name}' gives the model a mix of its weights and drops what '{before[-1]}' does: put it first"]
+    if "intruders" in before:
+        return [f"'intruders' shrinks the factors that '{name}' has copies of: put it last"]
+    return []
 
 
 def _exchange(raw: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+FULL = "the disk is full"
 _OWN = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.(\w+)")  # a temporary name: machine, process, purpose
 _open: set[str] = set()  # temporary names that this process uses
 _held: set[int] = set()  # handles of the files that this process holds
@@ -157,4 +158,4 @@ def reason(error: Exception, path: Path) -> str:
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free / 2**20
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    return f"the disk is full: {free:,.1f} MiB are left" if full else f"the disk refused: {error}"
+    return f"{FULL}: {free:,.1f} MiB are left" if full else f"the disk refused: {error}"

@@ -18,6 +18,21 @@ from hone import parts
 from hone.diffusion.saved import denoiser_folder
 from hone.errors import HoneError, Problem, nearest
 
+# Settings of TRL's, Axolotl's and LLaMA-Factory's recipes, and what they are here.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
+    "warmup_ratio": "schedule.warmup", "warmup_steps": "schedule.warmup", "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule", "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps",
+    "max_grad_norm": "clip", "gradient_clipping": "clip", "sequence_len": "data.max_tokens",
+    "max_seq_length": "data.max_tokens", "max_length": "data.max_tokens", "cutoff_len": "data.max_tokens",
+    "per_device_train_batch_size": "batch_tokens, the tokens of a whole step", "batch_size": "batch_tokens, in tokens",
+    "micro_batch_size": "micro_tokens, in tokens", "gradient_checkpointing": "recompute",
+    "gradient_accumulation_steps": "micro_tokens, the most tokens in one pass", "output_dir": "out",
+    "gradient_accumulation": "micro_tokens, the most tokens in one pass", "sample_packing": "packing",
+    "datasets": "data", "dataset": "data", "base_model": "model", "model_name_or_path": "model", "peft": "adapter",
+    "save_steps": "checkpoint_every", "eval_steps": "eval_every", "save_total_limit": "keep", "lora_r": "adapter.rank",
+    "bf16": "precision",
+}  # fmt: skip
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
@@ -27,9 +42,11 @@ class Nested:
 
     Args:
         kind: kind of the parts that the option names; at build time the names are replaced by built parts.
+        several: whether an option that is no list may be one part or a list of them.
     """
 
     kind: str
+    several: bool = False
 
 
 class Places:
@@ -109,9 +126,15 @@ def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> l
     for name, value in given.items():
         path = f"{at}.{name}" if at else str(name)  # YAML allows keys that are no strings
         if name not in known:
-            hint = nearest(name, known) or f"options: {', '.join(known) or 'none'}"
+            hint = _elsewhere(name, known) or nearest(name, known) or f"options: {', '.join(known) or 'none'}"
             problems.append(Problem(path, "unknown option", places.find(path), hint))
         elif (nested := nested_kind(known[name])) is not None:
+            default = next(field.default for field in dataclasses.fields(cls) if field.name == name)
+            if value is None and default is None:
+                continue
+            if message := _misshapen(known[name], nested, value):
+                problems.append(Problem(path, message, places.find(path)))
+                continue
             problems.extend(check_nested(nested, value, path, places))
         elif message := _check_value(known[name], value):
             choices = [c for c in get_args(_bare(known[name])) if isinstance(c, str)]
@@ -125,6 +148,15 @@ def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> l
     return problems
 
 
+def _elsewhere(name: Any, known: dict[str, Any]) -> str:
+    """Return where a setting that other trainers know by another name is found, "" where nothing is known."""
+    if "batch_tokens" in known and name in ELSEWHERE:
+        return f"here it is {ELSEWHERE[name]}"
+    if name == "path" and {"format", "columns", "holdout"} <= known.keys():
+        return "this is no source of files; for one write data: FILE"
+    return ""
+
+
 def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
@@ -134,6 +166,17 @@ def nested_kind(hint: Any) -> str | None:
     if get_origin(hint) is Annotated:
         return next((m.kind for m in get_args(hint)[1:] if isinstance(m, Nested)), None)
     return None
+
+
+def _misshapen(hint: Any, kind: str, value: Any) -> str:
+    """Return what is wrong with one part where a list of them is expected, or the reverse."""
+    listed = get_origin(_bare(hint)) is list
+    several = any(isinstance(mark, Nested) and mark.several for mark in get_args(hint)[1:])
+    if listed and not isinstance(value, list):
+        return f"expected a list, each item the name of a {kind} or a mapping with 'name' and options, got {value!r}"
+    if isinstance(value, list) and not listed and not several:
+        return f"expected one {kind}, not a list: its name, or a mapping with 'name' and options"
+    return ""
 
 
 def check_nested(kind: str, value: Any, at: str, places: Places) -> list[Problem]:
@@ -200,7 +243,8 @@ def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
         return [Problem(at, str(error), places.find(at))]
     if parts.find(kind, name) is None:
         known = [record.name for record in parts.catalogue() if record.kind == kind]
-        hint = parts.as_option(kind, name) or nearest(name, known) or f"see: hone list {kind}"
+        elsewhere = f"see: hone list {kind}; one of your own is known in the process that has added it"
+        hint = parts.as_option(kind, name) or nearest(name, known) or elsewhere
         return [Problem(at, f"there is no {kind} called '{name}'", places.find(at), hint)]
     cls: Any = parts.load(kind, name)
     if ":" in name:
@@ -247,7 +291,7 @@ def build_part(kind: str, spec: Any) -> Any:
             built[key] = value
         else:
             several = isinstance(value, list)
-            built[key] = [build_part(nested, v) for v in value] if several else build_part(nested, value)
+            built[key] = [build_part(nested, v) for v in value] if several else value and build_part(nested, value)
     if ":" in name:
         own = {key: value for key, value in built.items() if key in known}
         rest = {key: value for key, value in built.items() if key not in known}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -175,7 +176,11 @@ def add(kind: str, name: str, cls: T) -> T:
         raise HoneError(f"'{name}' cannot be the name of a {kind} of your own: it is empty, has a colon, or is taken")
     doc, place = cls.__doc__ or "", (cls.__module__, cls.__qualname__)
     medium = getattr(cls, "medium", "text")
-    _added[kind, name] = Record(kind, name, (), "", "", doc, (), *place, path="", line=0, medium=medium), cls
+    try:
+        path = inspect.getsourcefile(cls) or ""
+    except (OSError, TypeError):  # typed into an interpreter
+        path = ""
+    _added[kind, name] = Record(kind, name, (), "", "", doc, (), *place, path=path, line=0, medium=medium), cls
     cls.kind, cls.name = kind, name  # type: ignore[attr-defined]
     return cls
 

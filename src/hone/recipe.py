@@ -6,6 +6,7 @@ overrides, checks every field and every option of every part, and raises one `Re
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -97,7 +98,7 @@ class Recipe:
     solvers: list[Any] = field(default_factory=lambda: ["heun"])
     distances: list[Any] = field(default_factory=lambda: ["energy"])
     steps: Annotated[int, Field(ge=0)] | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     batch_tokens: Positive = 4096
     micro_tokens: Positive | None = None
     packing: bool = True
@@ -144,6 +145,22 @@ class Recipe:
         return cls(**raw)
 
     @classmethod
+    def kept(cls, path: Path) -> Recipe:
+        """Read the recipe of a run that has begun: it was checked then, and what it names may be gone since.
+
+        Args:
+            path: of its YAML file.
+
+        Raises:
+            RecipeError: it has a field that no recipe has.
+        """
+        raw, lines = read_yaml(path)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if wrong := [name for name in raw if name not in known]:
+            raise RecipeError([Problem(wrong[0], "unknown option", opt.Places(lines, str(path)).find(wrong[0]))])
+        return cls(**raw)
+
+    @classmethod
     def of(cls, **fields: Any) -> Recipe:
         """Make a recipe in Python, checked like a file.
 
@@ -156,6 +173,21 @@ class Recipe:
         if problems := check(fields, opt.Places()):
             raise RecipeError(problems)
         return cls(**fields)
+
+    def overridden(self, overrides: Sequence[str]) -> Recipe:
+        """Return the recipe with some settings changed.
+
+        Args:
+            overrides: "a.b=value" settings; the value is read as YAML.
+
+        Raises:
+            RecipeError: with every problem found.
+        """
+        raw, lines = copy.deepcopy(self.plain()), dict[str, int]()
+        problems = [problem for text in overrides if (problem := _override(raw, lines, text)) is not None]
+        if problems := problems + check(raw, opt.Places(lines)):
+            raise RecipeError(problems)
+        return Recipe(**raw)
 
     def build(self, part_field: str) -> Any:
         """Build the part, or the list of parts, that a field names."""
@@ -249,19 +281,31 @@ def locate(source: str | Path) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose plain scalars follow YAML 1.2: 1e-4 is a float, and yes, no, on, off are strings."""
+    """SafeLoader whose plain scalars follow YAML 1.2: 1e-4 is a float; yes, no, on, off, dates and 1:30 are strings."""
 
 
+_OLDER = ("bool", "float", "int", "timestamp", "value")  # what YAML 1.1 reads otherwise, or 1.2 not at all
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in found if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [(tag, regexp) for tag, regexp in found if tag.rpartition(":")[2] not in _OLDER]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$|^0x[0-9a-fA-F]+$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
     list("-+0123456789."),
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 16) if text.startswith("0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -365,7 +409,9 @@ def assign(raw: dict[str, Any], path: str, value: Any) -> Problem | None:
         if isinstance(target, list) and (not isinstance(slot, int) or slot >= len(target)):
             return _no_item(path, keys[:depth], len(target))
         if not isinstance(target, list) and (slot not in target or target[slot] is None):
-            target[slot] = _start(key) if depth == 0 else {}
+            of_stage = depth == 2 and keys[0] == "stages"  # which inherits what it does not say
+            inherited = copy.deepcopy(raw.get(key)) if of_stage else None
+            target[slot] = inherited if inherited is not None else _start(key) if depth == 0 or of_stage else {}
         if isinstance(target[slot], str):
             target[slot] = _as_mapping(key, target[slot])
         target = target[slot]

@@ -20,7 +20,7 @@ from hone.engine.devices import Cluster
 from hone.engine.loop import Player
 from hone.errors import HoneError
 from hone.objectives.base import Objective
-from hone.text.pack import Packed, Tree
+from hone.text.pack import Packed, Tree, pack
 from sharded import one_process, share
 
 # Those that cannot run here, and why.
@@ -32,6 +32,8 @@ LOSSES = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.1, 10: 2.4, 12: 1.0}  # the best is passe
 
 class Weights(nn.Module):
     """A model of one layer, whose loss is the size of its weights."""
+
+    collate = staticmethod(pack)
 
     def __init__(self) -> None:
         super().__init__()

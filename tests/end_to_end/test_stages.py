@@ -97,4 +97,5 @@ def test_a_stage_may_start_from_any_model_that_an_earlier_one_has_made(
     result = train(tiny_model, qa_file, out, steps=None, stages=stages)
     first, second, third = result["stages"]
     assert first["before"] == second["before"] and first["after"] != second["after"]
-    assert third["before"] == third["after"] == first["after"] and third["steps"] == 0
+    assert third["before"] == third["after"] and third["steps"] == 0
+    assert third["before"] == pytest.approx(first["after"], rel=1e-6)  # merged, the adapter rounds otherwise

@@ -228,8 +228,9 @@ def test_a_step_of_ba_lora_has_the_gradient_of_its_whole_loss() -> None:
     assert row["svd"] == pytest.approx(share(z, 2, "frobenius").item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("eps", [1e-7, 1e-2])
-def test_the_density_is_the_paper_s(eps: float) -> None:
+def test_the_density_is_the_paper_s(eps: float, packs: bool) -> None:
     model, adapter = new_model()
     parameters = [p for _, p in adapter.trainable(model.hf)]
     inputs: list[Tensor] = []
@@ -247,6 +248,7 @@ def test_the_density_is_the_paper_s(eps: float) -> None:
     for handle in handles:
         handle.remove()
     penalty = ActivationDensity(strength=1.0, eps=eps)
+    model.packs = packs  # padded rows must not count their padding
     found, batch = penalised(penalty, model, adapter)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert penalty.figures(batch)["activation_density"] / len(batch) == pytest.approx(active, rel=1e-9)

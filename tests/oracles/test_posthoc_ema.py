@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hone.callbacks.posthoc_ema import PostHocEMA, combination, exponent_of, overlaps
+from hone.engine.folder import RunFolder
 
 
 @pytest.mark.parametrize(("length", "exponent"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.56), (0.20, 1.83)])
@@ -62,7 +63,7 @@ def test_further_means_are_written_beside_the_model(tmp_path: Any) -> None:
     from safetensors.torch import load_file
 
     weight = torch.nn.Parameter(torch.zeros(3))
-    cluster, folder = SimpleNamespace(main=True), SimpleNamespace(path=tmp_path)
+    cluster, folder = SimpleNamespace(main=True), RunFolder(tmp_path)
     run: Any = SimpleNamespace(trainable=[("w", weight)], total=20, step=0, folder=folder, cluster=cluster)
     callback = PostHocEMA(also=[0.07], every=2)
     callback.on_start(run)

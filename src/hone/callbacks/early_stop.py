@@ -10,6 +10,7 @@ from pydantic import Field
 
 from hone.callbacks.base import Callback
 from hone.errors import HoneError, nearest
+from hone.figures import lower_is_better
 from hone.parts import part
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class EarlyStop(Callback):
     Args:
         metric: figure of the evaluation to watch: "loss", "general_loss" or the name of a metric.
         patience: evaluations in a row without an improvement that end the run.
-        mode: whether a smaller or a larger figure is better; "auto" is "min" for a loss and "max" for a metric.
+        mode: whether a smaller or a larger figure is better; "auto" knows it of hone's own figures.
         min_delta: least change that counts as an improvement, in units of the figure.
     """
 
@@ -61,7 +62,7 @@ class EarlyStop(Callback):
             hint = nearest(self.metric, figures) or f"it has: {', '.join(figures) or 'none'}"
             raise HoneError(f"callback 'early_stop': the evaluation has no figure '{self.metric}' ({hint})")
         value = float(row[self.metric])
-        larger = self.mode == "max" or (self.mode == "auto" and not self.metric.endswith("loss"))
+        larger = self.mode == "max" or (self.mode == "auto" and not lower_is_better(self.metric))
         gain = 0.0 if self.best is None else (value - self.best if larger else self.best - value)
         if self.best is None or gain > self.min_delta:
             self.best, self.waited = value, 0

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from hone.adapters.base import matches, select
 from hone.callbacks.base import Callback
-from hone.data.open import open_data
 from hone.engine import guard
 from hone.engine.devices import seed_all
 from hone.engine.loop import divide_among
@@ -155,8 +154,13 @@ class FPF(Callback):
                     "callback 'fpf': the run's data is a stream; name data for the buffer: callbacks.fpf.data"
                 )
             return trees, "own"
-        model = run.model
-        opened = open_data(self.data, model.renderer, consumes=run.objective.consumes, context=model.context)
+        from hone.engine.assemble import acquaint, open_split
+
+        model, more = run.model, {}
+        if model.medium == "text":
+            acquaint([self.data], lambda: model, run.recipe.build("model"), run.objective)
+            more = {"context": model.context}
+        opened = open_split(self.data, model, run.objective, "train", **more)
         if opened.trees is None:
             raise HoneError(
                 "callbacks.fpf.data: a buffer is drawn from data that is read as a whole; set streaming: false"
@@ -258,7 +262,7 @@ class FPF(Callback):
     def _descend(self, run: Run, params: list[nn.Parameter], trees: list[Tree]) -> float:
         """Set the gradients of a step, clipped as the run clips; return its mean loss."""
         cluster, recipe, where = run.cluster, run.recipe, tuple(tree.where for tree in trees)
-        shares = divide_among(trees, recipe.micro_tokens or recipe.batch_tokens, cluster)
+        shares = divide_among(trees, recipe.micro_tokens or recipe.batch_tokens, cluster, run.model.collate)
         units = cluster.sum(sum(float(run.objective.count(share.batch)) for share in shares if share.counts))
         if units <= 0:
             raise HoneError("callback 'fpf': the samples of its buffer have no token that is trained on")

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from hone.callbacks.base import Callback
 from hone.engine.sharding import copy_into
-from hone.files import write_whole
 from hone.parts import part
 from hone.precision import wide_dtype
 
@@ -157,10 +156,9 @@ class PostHocEMA(Callback):
         if not self.updates:
             return
         if run.folder is not None and run.cluster.main:
-            (run.folder.path / "ema").mkdir(exist_ok=True)
             for length in self.also:
                 made = {name: t.contiguous().cpu() for name, t in self.mean_of(length).items()}
-                write_whole(run.folder.path / "ema" / f"{length:g}.safetensors", save(made))
+                run.folder.write(f"ema/{length:g}.safetensors", save(made))
         made = self.mean_of(self.length)
         for name, weight in run.trainable:
             weight.copy_(made[name])

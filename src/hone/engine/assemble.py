@@ -152,7 +152,7 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     if recipe.general_data is not None:
         general = recipe.build("general_data")
         general_data = opened("reading general data", general, general.evaluation_split(), "tokens")
-    display.say(data.describe())
+    _tell(display, data, eval_data)
     began = time.perf_counter()
     with cluster.autocast():
         text = None if general_data is None else look(general_data, recipe, model, evaluate.Text())
@@ -199,6 +199,16 @@ def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Sourc
         model.load_extras(Path(path))
 
 
+def _tell(display: Display, data: Any, held_out: Any) -> None:
+    """Say what a run trains on and how much it is evaluated on."""
+    display.say(data.describe())
+    if held_out.trees is not None:
+        count = len(held_out.trees)
+        display.say(
+            f"{count:,} samples to evaluate on" if count else "nothing to evaluate on: set holdout or eval_data"
+        )
+
+
 def acquaint(sources: Sequence[Source], load: Callable[[], LanguageModel], start: Any, objective: Any) -> None:
     """Tell sources what their samples may depend on, before any is read.
 
@@ -237,10 +247,15 @@ def _start(run: Run) -> None:
 
 
 def _identity(start: Any) -> str:
-    """Return what tells the content of the model that a run starts from."""
+    """Return what tells the content of the model that a run starts from, and how it is asked."""
     path = getattr(start, "path", "")
     local = shipped_base() if path == "base" else Path(path).expanduser()
-    return (folder_hash(local) if path else None) or json.dumps(str(start))
+    content = (folder_hash(local) if path else None) or json.dumps(str(start))
+    template = getattr(start, "template", None)
+    if template is None:
+        return content
+    written = Path(template).expanduser()
+    return f"{content}:{written.read_text(encoding='utf-8') if written.is_file() else template}"
 
 
 def evaluation_data(recipe: Recipe, source: Source | None = None) -> tuple[Source, Split]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hone.errors import CheckpointError, HoneError
-from hone.files import beside, reason, sync
+from hone.files import FULL, beside, reason, sync
 
 SUMS = "checksums.json"
 
@@ -124,10 +124,9 @@ def _put(staging: Path, target: Path) -> None:
 
 def disk_error(error: Exception, target: Path) -> HoneError:
     """Return the message for a failed write: why, where, and that what was saved before is intact."""
-    return CheckpointError(
-        f"{target}: could not be written: {reason(error, target)}. What was saved before is untouched. "
-        "Free some space, then go on with: hone resume RUN"
-    )
+    said = reason(error, target)
+    way_out = " Free some space, then go on with: hone resume RUN" if said.startswith(FULL) else ""
+    return CheckpointError(f"{target}: could not be written: {said}. What was saved before is untouched.{way_out}")
 
 
 def _sum(path: Path) -> str:

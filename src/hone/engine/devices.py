@@ -234,6 +234,18 @@ def _precision(precision: str, device: torch.device) -> str:
     return precision
 
 
+def mixed_seed(seed: int, step: int, width: int = 1, number: int = 0) -> int:
+    """Return a seed for one of several generators of a step, in the 63 bits that torch takes.
+
+    Args:
+        seed: the run's seed.
+        step: the step.
+        width: more than the generators of a step.
+        number: which of them.
+    """
+    return ((seed * 1_000_003 + step) * width + number) % 2**63
+
+
 def seed_all(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch's generators for one step.
 
@@ -245,7 +257,7 @@ def seed_all(seed: int, step: int, rank: int = 0) -> None:
         step: the step about to run, 0 before the first.
         rank: index of this process.
     """
-    number = (seed * 1_000_003 + step) * 1_009 + rank
+    number = mixed_seed(seed, step, 1_009, rank)
     if _has_accelerator():
         torch.manual_seed(number)
     else:  # torch.manual_seed also leaves word for devices that may come, with a trace of its caller: 1 ms each time

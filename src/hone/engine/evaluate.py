@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hone.data.mix import SOURCE
 from hone.data.sample import Message, Sample
+from hone.data.source import reference
 from hone.engine.loop import divide_among
 from hone.engine.progress import log
 from hone.figures import lower_is_better
@@ -64,7 +66,8 @@ class Evaluation:
         """
         names = list(self.scores)[:1] if self.drawn else [name for name in self.scores if name == "accuracy"]
         ranked = [self.scores[name] * (1 if lower_is_better(name) else -1) for name in names]
-        return [*ranked, *([] if self.loss is None else [self.loss])] or None
+        found = [*ranked, *([] if self.loss is None else [self.loss])]
+        return [value if math.isfinite(value) else math.inf for value in found] or None  # NaN would never be beaten
 
 
 @dataclass(frozen=True)
@@ -243,5 +246,7 @@ def expected(sample: Sample) -> str:
     if sample.kind == "messages" and not isinstance(sample.prompt, str):
         last = [turn for turn in sample.prompt if turn.role == "assistant"]
         return last[-1].content if last else ""
-    first = sample.answers[0] if sample.answers else ""
+    if not sample.answers:
+        return reference(sample) or ""
+    first = sample.answers[0]
     return first if isinstance(first, str) else "\n".join(t.content for t in first if isinstance(t, Message))

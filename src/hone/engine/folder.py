@@ -103,12 +103,13 @@ class RunFolder:
             let_go(self._lock)
             self._lock = None
 
-    def write(self, name: str, content: str | dict[str, Any]) -> Path:
-        """Write a small file atomically: to a temporary name, fsynced, renamed."""
+    def write(self, name: str, content: str | bytes | dict[str, Any]) -> Path:
+        """Write a small file atomically: to a temporary name, fsynced, renamed; a folder in the name is made."""
         path = self.path / name
-        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n" if isinstance(content, dict) else content
         try:
-            write_whole(path, text.encode())
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, text.encode() if isinstance(text, str) else text)
         except OSError as error:
             raise disk_error(error, path) from error
         return path

@@ -45,7 +45,8 @@ def source_hashes(recipe: Recipe) -> dict[str, str]:
     """Return the SHA-256 of the source file of every part that a recipe names."""
     found = {}
     for kind, spec in recipe.named():
-        if (record := parts.find(kind, options.split_spec(kind, spec)[0])) is not None:
+        record = parts.find(kind, options.split_spec(kind, spec)[0])
+        if record is not None and Path(record.path).is_file():  # a class typed into an interpreter has no file
             found[f"{kind}:{record.name}"] = hashlib.sha256(Path(record.path).read_bytes()).hexdigest()
     return found
 
@@ -63,6 +64,10 @@ def folder_hash(folder: Path) -> str | None:
     return total.hexdigest()
 
 
+# Fields of a recipe that a manifest knows by content, or that say nothing about one stage.
+_OTHERWISE = ("data", "eval_data", "general_data", "model", "stages", "about", "name", "out")
+
+
 def manifest(recipe: Recipe, device: str, data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest of a run.
 
@@ -77,6 +82,7 @@ def manifest(recipe: Recipe, device: str, data: dict[str, Any], model: dict[str,
         "platform": platform.platform(),
         "device": device,
         "seed": recipe.seed,
+        "recipe": {name: value for name, value in recipe.plain().items() if name not in _OTHERWISE},
         "data": data,
         "model": model,
         "sources": source_hashes(recipe),

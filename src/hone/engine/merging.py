@@ -283,4 +283,7 @@ def merge_command(
     spec = {"name": method, **{key: parse_value(value, key) for key, equals, value in pairs if equals}}
     if problems := problems or options.check_part("merger", spec, "--method", options.Places()):
         raise RecipeError(problems)
-    return merge_models(models, base, options.build_part("merger", spec), out)
+    folders = [
+        Path(model) / "model" if (Path(model) / "recipe.yaml").is_file() else model for model in models
+    ]  # of runs
+    return merge_models([str(folder) for folder in folders], base, options.build_part("merger", spec), out)

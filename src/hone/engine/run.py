@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hone import parts
 from hone.engine.assemble import assemble, describe_model
-from hone.engine.checkpoint import staged
+from hone.engine.checkpoint import SUMS, staged
 from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
 from hone.engine.manifest import manifest
@@ -19,6 +20,12 @@ from hone.engine.stage import Stage
 from hone.errors import CheckpointError, HoneError
 from hone.evidence.report import write_report
 from hone.recipe import Recipe, dump
+
+# Settings that a run may go on with when they have changed: how long it is, what is looked at and kept, where it runs.
+CHANGEABLE = (
+    "steps", "epochs", "eval_every", "eval_samples", "max_new_tokens", "sampler", "metrics", "solvers", "distances",
+    "checkpoint_every", "keep", "final", "trackers", "device", "sharding", "recompute", "micro_tokens", "packing",
+)  # fmt: skip
 
 
 def run(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
@@ -46,7 +53,7 @@ def run(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         folder = RunFolder(Path(cluster.from_main(cluster.on_main(create) or "")))
         try:
             return _go(recipe, folder, cluster, display or Display(False))
-        except HoneError:
+        except (HoneError, KeyboardInterrupt):
             if cluster.main and not list(folder.path.rglob("manifest.json")):  # there is nothing to keep yet
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
@@ -100,7 +107,7 @@ def _go(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display) -
             write_report(own.path)
         if results[-1]["status"] != "finished":
             break
-    result = results[0] if len(stages) == 1 else _combine(results, folder, len(stages), cluster)
+    result = results[0] if len(stages) == 1 else _combine(results, stages, folder, cluster)
     cluster.barrier()  # a launcher ends all processes when one exits with a failure, which a stopped run counts as
     return result
 
@@ -145,6 +152,15 @@ def _stage(recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display
     _check_unchanged(folder, record)
     if found is not None:
         step, state, skipped = found
+        changed = _changed_settings(folder, record, step)
+        for line in changed:
+            display.say(f"note: since this run began, {line}", style="yellow")
+        if changed and cluster.main:
+            begun = folder.json("manifest.json")
+            more = [{"step": step, "changed": line} for line in changed]
+            folder.write(
+                "manifest.json", {**begun, "recipe": record["recipe"], "changes": begun.get("changes", []) + more}
+            )
         for trouble in skipped:
             display.say(f"note: {trouble}; using step {step}", style="yellow")
         bench.run.restore(state)
@@ -186,6 +202,26 @@ def _check_unchanged(folder: RunFolder, record: dict[str, Any]) -> None:
             )
 
 
+def _changed_settings(folder: RunFolder, record: dict[str, Any], step: int) -> list[str]:
+    """Return in words which settings have changed since a run began, of those that it can go on with.
+
+    Raises:
+        CheckpointError: names one that the state of the run rests on, or a length that lies behind it.
+    """
+    begun, now = folder.json("manifest.json").get("recipe") or {}, record["recipe"]
+    changed = [name for name in begun if name in now and begun[name] != now[name]]
+    for name in changed:
+        said = f"'{name}' was {begun[name]!r} when it began and is {now[name]!r} now"
+        if name not in CHANGEABLE:
+            raise CheckpointError(
+                f"{folder.path / 'recipe.yaml'}: this run cannot go on to the same result: {said}. Put it back, or "
+                "start a new run"
+            )
+        if name == "steps" and (now[name] or step) < step:
+            raise CheckpointError(f"{folder.path / 'recipe.yaml'}: {said}, and this run has taken {step} steps already")
+    return [f"'{name}' became {now[name]!r} in place of {begun[name]!r}" for name in changed]
+
+
 def _last_checkpoint(stage: Stage) -> tuple[int, dict[str, Any], list[str]] | None:
     """Return what `Checkpoints.last_good` does, or None when the stage begins.
 
@@ -205,21 +241,37 @@ def _last_checkpoint(stage: Stage) -> tuple[int, dict[str, Any], list[str]] | No
     return found
 
 
-def _combine(results: list[dict[str, Any]], folder: RunFolder, count: int, cluster: Cluster) -> dict[str, Any]:
+def _before(results: list[dict[str, Any]], stages: list[Recipe]) -> dict[str, Any]:
+    """Return the figures before a staged run, of the last stage where those of the first are not of the same thing."""
+    first, last = results[0]["before"], results[-1]["before"]
+    data = [stage.eval_data or stage.data for stage in stages[: len(results)]]
+    if any(one != data[0] for one in data):
+        return last
+    alike = all(stage.objective == stages[0].objective for stage in stages[: len(results)])
+    return {
+        name: first.get(name, value) if alike or name == "general_loss" or parts.find("metric", name) else value
+        for name, value in last.items()
+    }
+
+
+def _combine(
+    results: list[dict[str, Any]], stages: list[Recipe], folder: RunFolder, cluster: Cluster
+) -> dict[str, Any]:
     """Return the result of a staged run; its `model` is that of the last stage."""
-    last = results[-1]
+    last, count = results[-1], len(stages)
     finished = len(results) == count and last["status"] == "finished"
     combined = {
         **last, "run": str(folder.path), "report": str(folder.path / "report.html"),
         "status": "finished" if finished else "interrupted",
-        "before": results[0]["before"], "steps": sum(r["steps"] for r in results),
+        "before": _before(results, stages), "steps": sum(r["steps"] for r in results),
         "tokens": sum(r["tokens"] for r in results), "seconds": round(sum(r["seconds"] for r in results), 2),
         "stages": results,
     }  # fmt: skip
     if finished and cluster.main:
         if not (folder.path / "model").exists():
             with staged(folder.path / "model") as staging:
-                shutil.copytree(folder.path / f"stage-{count}" / "model", staging, dirs_exist_ok=True)
+                shutil.copytree(folder.path / f"stage-{count}" / "model", staging, dirs_exist_ok=True,
+                                ignore=shutil.ignore_patterns(SUMS))  # fmt: skip  # the copy's are written anew
         combined["model"] = str(folder.path / "model")
     for key in ("training_seconds", "setup_seconds"):
         combined[key] = round(sum(r[key] for r in results), 3)

@@ -16,7 +16,6 @@ from hone.engine.loop import INTERRUPTED, Run, Trainer
 from hone.engine.progress import Display
 from hone.engine.tracking import Trackers
 from hone.errors import HoneError, NumericError
-from hone.files import write_whole
 
 SAVE_AFTER = 600.0  # seconds between checkpoints of a run that names no number of steps: what a kill may cost
 
@@ -63,6 +62,7 @@ class Stage:
         self.evaluations: list[dict[str, Any]] = []
         self.trackers = Trackers(self.run.recipe.trackers, folder.path, self.run.cluster.main)
         self.seconds = 0.0
+        self.start: list[float] | None = None  # rank of the evaluation before the first step
         self.saved = -1
         self.saved_at = time.monotonic()
 
@@ -83,6 +83,7 @@ class Stage:
             self.display.start("evaluating before training", None)
             self._evaluate()
         else:  # resumed
+            self.seconds = sum(row["seconds"] for row in self.folder.rows("metrics.jsonl"))
             self.evaluations = list(self.folder.rows("evaluations.jsonl"))
         for callback in run.callbacks:
             callback.on_start(run)
@@ -90,9 +91,9 @@ class Stage:
         with stopping_on_signals(run):
             while run.step < run.total and not run.cluster.agree(run.stop):
                 self._step()
-        run.stop = run.cluster.agree(run.stop)  # a signal may have reached one process only
-        self.display.stop()
-        self._checkpoint()
+            run.stop = run.cluster.agree(run.stop)  # a signal may have reached one process only
+            self.display.stop()
+            self._checkpoint()  # in here, so that a second SIGTERM, as launchers pass on, does not cut it off
         if not run.interrupted:
             self._finish()
         run.cluster.barrier()
@@ -102,8 +103,11 @@ class Stage:
     def _finish(self) -> None:
         """Choose the final weights, evaluate them and save the model."""
         run = self.run
-        if run.recipe.final == "best" and run.best is not None and run.best[1] != run.step:
-            self._take_best()
+        if run.recipe.final == "best" and run.best is not None:
+            if self.start is not None and self.start <= run.best[0]:
+                self.display.say("no evaluation was better than the one before the first step: lr may be too high")
+            if run.best[1] != run.step:
+                self._take_best()
         for callback in run.callbacks:
             callback.on_end(run)
         self._evaluate()
@@ -161,7 +165,11 @@ class Stage:
 
     def _evaluate(self) -> None:
         run = self.run
-        found = self.bench.evaluate(self.display)
+        try:
+            found = self.bench.evaluate(self.display)
+        except NumericError as error:
+            told = "a smaller optimizer.lr, more schedule.warmup or a smaller clip may help" if run.step else ""
+            raise NumericError(f"evaluating after step {run.step}: {error}{told and '; '}{told}") from error
         row = {"step": run.step, **found.row()}
         if self.evaluations and self.evaluations[-1]["step"] == run.step:  # now for the weights that are kept
             self.evaluations.pop()
@@ -179,6 +187,8 @@ class Stage:
             self.trackers.log({f"eval/{k}": v for k, v in row.items() if k != "step"}, run.step)
         self.evaluations.append(row)
         rank = found.rank()
+        if run.step == 0:
+            self.start = rank
         if rank is not None and run.step > 0 and (run.best is None or rank < run.best[0]):
             run.best = (rank, run.step)
             if run.recipe.final == "best":
@@ -191,11 +201,8 @@ class Stage:
         from hone.diffusion.pictures import picture
 
         held_out: Any = self.bench.eval_data.trees
-        (self.folder.path / "samples").mkdir(exist_ok=True)
         for name, arrays in drawn.items():
-            write_whole(
-                self.folder.path / "samples" / f"{name}-step-{self.run.step:06d}.png", picture(arrays, held_out.arrays)
-            )
+            self.folder.write(f"samples/{name}-step-{self.run.step:06d}.png", picture(arrays, held_out.arrays))
 
     def _checkpoint(self) -> None:
         """Save the state of this step, unless it is saved already; all processes call it together."""

@@ -20,7 +20,7 @@ def summary(result: dict[str, Any]) -> list[str]:
     """
     path = result["run"]
     lines = [
-        f"{result['steps']} steps, {result['tokens']:,} {_unit(result)}, {clock(result['training_seconds'])} of "
+        f"{result['steps']} steps, {result['tokens']:,} {unit(result)}, {clock(result['training_seconds'])} of "
         f"training, peak memory {result['peak_memory'] / 2**20:,.0f} MiB"
     ]
     if result["status"] == "interrupted":
@@ -32,7 +32,7 @@ def summary(result: dict[str, Any]) -> list[str]:
             share = "accuracy" in name and 0 <= before <= 1
             shown = [f"{value:.1%}" if share else f"{value:.3f}" for value in (before, after)]
             lines.append(f"held-out {name}: {shown[0]} before, {shown[1]} after")
-    text = _unit(result) == "tokens"
+    text = unit(result) == "tokens"
     further = [f"  hone sample {path} --prompt '...'", f"  hone eval {path}", f"  hone export {path} --to hf"]
     return [
         *lines, f"model:  {result['model']}", f"report: {result['report']}", "next:",
@@ -40,7 +40,7 @@ def summary(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _unit(result: dict[str, Any]) -> str:
+def unit(result: dict[str, Any]) -> str:
     """Return what a run counts: tokens, or arrays."""
     model = result.get("model")
     return "arrays" if model and denoiser_folder(model) else "tokens"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hone.diffusion.saved import denoiser_folder
 from hone.diffusion.use import evaluate_arrays, sample_arrays
 from hone.engine import evaluate
 from hone.engine.assemble import acquaint, evaluation_data
-from hone.engine.checkpoint import staged
+from hone.engine.checkpoint import SUMS, staged
 from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
 from hone.engine.loop import Run
@@ -41,7 +43,7 @@ def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
     if (path / "recipe.yaml").is_file():
         folder = RunFolder.open(path)
         require_finished(folder)
-        return folder.path / "model", stages_of(Recipe.load(folder.path / "recipe.yaml"), folder)[-1]
+        return folder.path / "model", stages_of(Recipe.kept(folder.path / "recipe.yaml"), folder)[-1]
     return (str(path) if str(path) == "base" else path), None
 
 
@@ -133,7 +135,8 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
         raise HoneError(f"--set {wrong[0]}: an evaluation looks at {', '.join(EVALUATED)} only")
     folder = RunFolder.open(path)
     require_finished(folder)
-    recipe = stages_of(Recipe.load(folder.path / "recipe.yaml", overrides), folder)[-1]
+    # In the last stage's recipe, whose own settings would cover those of the whole run.
+    recipe = stages_of(Recipe.load(folder.path / "recipe.yaml"), folder)[-1].overridden(overrides)
     if denoiser_folder(folder.path / "model"):
         return evaluate_arrays(folder.path / "model", recipe)
     cluster = Cluster(recipe.device, recipe.precision)
@@ -180,7 +183,8 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
         dtype: "float32", "bfloat16" or "float16" for a whole model; "" keeps what was trained.
 
     Returns:
-        The path and the largest difference of a logit between the trained and the exported model.
+        The path, the base of an adapter, the largest difference of a logit between what was written and what is read
+        back ("error"), and for another `dtype` that between the trained and the rounded weights ("rounding").
 
     Raises:
         HoneError: an unknown format, a run without an adapter, an existing folder, or logits that differ.
@@ -193,13 +197,15 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
     target = out or folder.path / f"export-{to}"
     if target.exists():
         raise HoneError(f"'{target}' exists already, and nothing is ever overwritten; give another one with --out")
-    double = Recipe.load(folder.path / "recipe.yaml").precision == "float64"
-    trained = LanguageModel.load(str(made), dtype=torch.float64 if double else torch.float32)
-    recipe = stages_of(Recipe.load(folder.path / "recipe.yaml"), folder)[-1]
+    recipe = stages_of(Recipe.kept(folder.path / "recipe.yaml"), folder)[-1]
+    trained = LanguageModel.load(str(made), dtype=torch.float64 if recipe.precision == "float64" else torch.float32)
+    ids = torch.arange(1, 33)[None] % trained.hf.config.vocab_size
     headed = to == "hf" and (made / EXTRAS_FILE).is_file()
     readout = ready_objective(recipe, trained, made).readout(trained) if headed else None
+    exact = trained.hf(input_ids=ids).logits if dtype else None
     for parameter in trained.parameters() if dtype else ():  # not the buffers: rotary frequencies stay in float32
         parameter.data = parameter.data.to(DTYPES[dtype])
+    base = ""
     with staged(target) as staging:
         if readout is not None:
             as_classifier(trained, readout).save_pretrained(staging)
@@ -207,11 +213,10 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
         elif to == "hf":
             trained.save(staging)
         else:
-            for file in made.iterdir():
-                if file.is_file() and file.name != "checksums.json":
-                    (staging / file.name).write_bytes(file.read_bytes())
+            shutil.copytree(made, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMS))
+            base = _name_base(staging, target)
     trained.float()
-    ids = torch.arange(1, 33)[None] % trained.hf.config.vocab_size
+    rounding = None if exact is None else float((trained.hf(input_ids=ids).logits - exact).abs().max())
     if readout is not None:
         error = classifier_error(trained, readout, target, ids[0])
     else:
@@ -219,4 +224,13 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
         error = float((trained.hf(input_ids=ids).logits - again.hf(input_ids=ids).logits).abs().max())
     if not error <= 1e-4:
         raise HoneError(f"{target}: the exported model's logits differ from the trained model's by {error:.1e}")
-    return {"path": str(target), "format": to, "error": error}
+    return {"path": str(target), "format": to, "error": error, "rounding": rounding, "base": base}
+
+
+def _name_base(staging: Path, target: Path) -> str:
+    """Let an adapter that is being exported name the base beside it, where it has one of its own; return the base."""
+    config = json.loads((staging / CONFIG_FILE).read_text(encoding="utf-8"))
+    if (staging / "base").is_dir():
+        config["base_model_name_or_path"] = str((target / "base").absolute())
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return str(config["base_model_name_or_path"])

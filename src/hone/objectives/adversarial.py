@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hone.diffusion.critics import Critic, Game, Head, critic_loss, generator_loss
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import spread
+from hone.engine.devices import mixed_seed
 from hone.objectives.arrays import Share
 from hone.objectives.base import Turn
 from hone.objectives.generators import Contested, Drawn, Strength
@@ -159,7 +160,7 @@ class NitroFusion(Contested):
             trees: all arrays of the step.
         """
         super().before_step(run, trees)
-        generator = torch.Generator().manual_seed(run.recipe.seed * 1_000_003 + run.step)
+        generator = torch.Generator().manual_seed(mixed_seed(run.recipe.seed, run.step))
         self._chosen = []
         for number in range(self.parts):
             places = self._critic.of_part(number)
@@ -218,12 +219,12 @@ class NitroFusion(Contested):
             row: metrics of the step.
         """
         super().after_step(run, row)
-        generator = torch.Generator().manual_seed(run.recipe.seed * 1_000_003 + run.step)
+        generator = torch.Generator().manual_seed(mixed_seed(run.recipe.seed, run.step))
         gone = (torch.rand(len(self._critic.heads), generator=generator) < self.refresh).nonzero().flatten().tolist()
         optimizer = run.players["heads"].optimizer
         for number in gone:
             with torch.random.fork_rng():
-                torch.manual_seed((run.recipe.seed * 1_000_003 + run.step) * 10_007 + number)
+                torch.manual_seed(mixed_seed(run.recipe.seed, run.step, 10_007, number))
                 made = self._critic.fresh(number)
             for old, new in zip(self._critic.heads[number].parameters(), made.parameters(), strict=True):
                 old.copy_(new)

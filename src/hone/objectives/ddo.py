@@ -102,7 +102,7 @@ class DDO(ArrayObjective):
         """
         assert self._labels is not None
         solver: Any = self.solver or Heun(steps=18)
-        seed = 1_000_003 * (run.recipe.seed + 1) + self._round  # rounds draw different arrays
+        seed = (1_000_003 * (run.recipe.seed + 1) + self._round) % 2**63  # rounds draw different arrays
         generator, parameter = torch.Generator().manual_seed(seed), next(self._reference.parameters())
         noise = torch.randn(self.drawn, *self._reference.shape, generator=generator)
         noise = noise.to(parameter.device, wide_dtype(parameter))

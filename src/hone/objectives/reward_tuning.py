@@ -85,7 +85,7 @@ class Rewarded:
         reward: a reward of arrays, or several that are added up; None takes `near`.
     """
 
-    reward: Annotated[Any, Nested("reward")] = None
+    reward: Annotated[Any, Nested("reward", several=True)] = None
     _rewards: list[ArrayReward] = field(init=False, default_factory=list, repr=False)
 
     def needs_gradients(self) -> bool:

@@ -337,6 +337,7 @@ class BCO(Judged):
 
     mean: float = field(init=False, default=0.0, repr=False)
     seen: float = field(init=False, default=0.0, repr=False)
+    _with_step: tuple[float, float] | None = field(init=False, default=None, repr=False)  # with a step in progress
 
     def before_step(self, run: Any, trees: Sequence[Tree]) -> None:
         """Take the running mean of the rewards further.
@@ -346,12 +347,23 @@ class BCO(Judged):
             trees: all trees of the step.
         """
         total, number = self._logratios(run, trees)
-        self.seen += number
-        self.mean += (self.beta * total - number * self.mean) / self.seen
+        seen = self.seen + number
+        self._with_step = self.mean + (self.beta * total - number * self.mean) / seen, seen
+
+    def after_step(self, run: Any, row: dict[str, Any]) -> None:
+        """Keep the running mean: a step that breaks off leaves it as it was, and is taken again.
+
+        Args:
+            run: the run in progress.
+            row: metrics of the step.
+        """
+        super().after_step(run, row)
+        assert self._with_step is not None
+        (self.mean, self.seen), self._with_step = self._with_step, None
 
     def shift(self) -> float:
         """Return delta."""
-        return self.mean
+        return self.mean if self._with_step is None else self._with_step[0]
 
     def answer_loss(self, reward: Tensor, good: Tensor) -> Tensor:
         """Return the loss of each answer (A,).
@@ -360,7 +372,7 @@ class BCO(Judged):
             reward: (A,) beta times the log-ratio to the reference.
             good: (A,) whether it is a good answer.
         """
-        return bco_loss(reward, good, self.mean)
+        return bco_loss(reward, good, self.shift())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running mean, and over how many answers it goes."""

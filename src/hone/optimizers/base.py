@@ -17,7 +17,7 @@ from hone.errors import HoneError
 
 Params = Sequence[tuple[str, nn.Parameter]]
 Groups = list[dict[str, Any]]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -58,10 +58,15 @@ class Optimizer(ABC):
         for name, p in params:
             by_factor.setdefault(chosen[name] * (factors or {}).get(name, 1.0), []).append((name, p))
         groups: Groups = []
+        of_group: list[float] = []
         for factor, members in by_factor.items():
-            scaled = {} if factor == 1.0 else {"lr": self.lr * factor}
-            groups += [{**group, **scaled} for group in self.groups(members)]
-        return self.make(groups)
+            groups += (own := self.groups(members))
+            of_group += [factor] * len(own)
+        optimizer = self.make(groups)
+        for group, factor in zip(optimizer.param_groups, of_group, strict=True):
+            if factor != 1.0:  # of its own rate: Muon's kin have another one for what is no hidden matrix
+                group["lr"] = group.get("lr", self.lr) * factor
+        return optimizer
 
     @abstractmethod
     def make(self, groups: Groups) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ from hone.errors import HoneError
 from hone.parts import part
 from hone.penalties.base import Penalty, Strength
 from hone.precision import wide
+from hone.text.fallback import Rows
 
 if TYPE_CHECKING:
     from hone.engine.loop import Run
@@ -152,6 +153,9 @@ class ActivationDensity(Penalty):
             HoneError: none of the modules has run.
         """
         kept = [[wide(output) for output in outputs] for outputs in self._kept.values()]
+        if not model.packs:  # padding, and tokens that stand in several rows, would count
+            rows = Rows.unroll(batch)
+            kept = [[rows.packed(torch.cat(outputs, dim=1))] for outputs in kept]
         self._kept.clear()
         self._open = False
         if not kept:
