@@ -341,5 +341,7 @@ def tuning_chart(result: Mapping[str, Any], variants: Sequence[Variant]) -> list
     tried = sorted(set(values))
     axis = {"title": {"text": plotted(name)}, "tickvals": tried, "ticktext": [said(value) for value in tried],
             "type": "log" if ratio >= 3 else "linear"}  # fmt: skip
-    return [figure("tuning", f"{better_way(result['metric'])} of each trial; the chosen ones are ringed", traces,
-                   xaxis=axis, yaxis=ticks(result["metric"]), wide=True)] if traces else []  # fmt: skip
+    every = [trial for variant in variants for trial in variant.record.get("trials", [])]
+    metric = next((trial["metric"] for trial in every if "metric" in trial), result["metric"])
+    return [figure("tuning", f"{better_way(metric)} of each trial; the chosen ones are ringed", traces,
+                   xaxis=axis, yaxis=ticks(metric), wide=True)] if traces else []  # fmt: skip

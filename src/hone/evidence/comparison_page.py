@@ -309,7 +309,7 @@ def trials(result: Mapping[str, Any], variants: Sequence[Variant]) -> list[dict[
             settings = trial["settings"]
             text = ", ".join(map(said, settings.values())) if one else together(settings)
             chosen = bool(record.get("tuned")) and settings == record["tuned"]
-            value = quantity(result["metric"], trial.get("value"))
+            value = quantity(trial.get("metric", result["metric"]), trial.get("value"))
             rows.append({"settings": text, "value": value, "chosen": chosen, "reason": trial.get("reason") or ""})
         if rows:
             found.append({"series": at, "label": record["label"], "rows": rows, "note": record.get("note") or ""})
@@ -349,7 +349,9 @@ def _next(result: Mapping[str, Any], variants: Sequence[Variant], best: Variant 
         sets = [shlex.quote(together({name: value})) for name, value in chosen.items()]
         own = next((path for path in (best.record.get("cells") or {}).values()), None)
         commands += [f"hone sample {shlex.quote(own)} --prompt '...'"] if own else []
-        commands.append(" ".join(["hone run", shlex.quote(str(result["recipe"])), *(f"--set {text}" for text in sets)]))
+        recipe = f"{own}/recipe.yaml" if own else str(result["recipe"])  # of a cell, which has all that was set
+        more = ["--set out=null"] if own else [f"--set {text}" for text in sets]
+        commands.append(" ".join(["hone run", shlex.quote(recipe), *more]))
     if len(firsts) > 1:
         commands.append(f"hone report {shlex.quote(firsts[0])} {shlex.quote(firsts[1])}")
     return commands

@@ -239,19 +239,25 @@ class Contest:
                     "run", entrant.variant.recipe(**fields), label, keeps=""
                 )
         self._compute("tuning", list(jobs.values()))
+        found = {
+            entrant.variant.label: [self._figures(entrant, jobs[entrant.variant.label, n]) for n in range(len(tried))]
+            for entrant in self.going
+        }
+        # One metric for all: a variant whose answers are all wrong is not tuned by its loss beside one that is not.
+        metric = self.metric([figures for own in found.values() for figures in own if isinstance(figures, dict)])
         for entrant in self.going:
-            found = [self._figures(entrant, jobs[entrant.variant.label, n]) for n in range(len(tried))]
-            self._choose(entrant, tried, found)
+            self._choose(entrant, tried, found[entrant.variant.label], metric)
 
-    def _choose(self, entrant: Entrant, tried: Sequence[Settings], found: Sequence[dict[str, float] | str]) -> None:
-        metric = self.metric([figures for figures in found if isinstance(figures, dict)])
+    def _choose(
+        self, entrant: Entrant, tried: Sequence[Settings], found: Sequence[dict[str, float] | str], metric: str
+    ) -> None:
         sign = 1 if better(metric) == "higher" else -1
         best = (-math.inf, -math.inf)
         entrant.trials = []
         for settings, figures in zip(tried, found, strict=True):
             value = None if isinstance(figures, str) else figures.get(metric)
             reason = figures if isinstance(figures, str) else ""
-            entrant.trials.append({"settings": settings, "value": value, "reason": reason})
+            entrant.trials.append({"settings": settings, "metric": metric, "value": value, "reason": reason})
             if value is None or isinstance(figures, str):
                 continue
             rank = (sign * value, -figures.get("loss", math.inf))  # accuracies over a few answers are often equal

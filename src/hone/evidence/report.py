@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hone import parts
 from hone.engine.folder import RunFolder
 from hone.engine.progress import clock
+from hone.engine.summary import unit
 from hone.evidence.charts import Logs, Trace, Values, figure, read_logs, smooth, stages, steep
 from hone.evidence.layout import heading, render
-from hone.figures import lower_is_better
+from hone.figures import is_share
 
 SHOWN_SAMPLES = 12
 
@@ -39,7 +41,7 @@ def contents(folder: RunFolder) -> dict[str, Any]:
         "status": result.get("status", "running"),
         "reason": result.get("reason", ""),
         "tiles": _tiles(result, manifest, logs.rows),
-        "figures": _charts(logs),
+        "figures": _charts(logs, unit(result)),
         "samples": _pairs(logs.answers),
         "pictures": _pictures(folder),
         "asked": sum(1 for answer in logs.answers if answer["step"] == logs.answers[0]["step"]),
@@ -54,13 +56,13 @@ def _tiles(result: dict[str, Any], manifest: dict[str, Any], rows: Sequence[dict
     tiles = []
     for name, after in result.get("after", {}).items():
         before = result.get("before", {}).get(name)
-        show = (lambda v: f"{v:.3f}") if lower_is_better(name) else (lambda v: f"{v:.1%}")
+        show = (lambda v: f"{v:.1%}") if is_share(name) else (lambda v: f"{v:.3f}")
         note = f"{show(before)} before" if before is not None else ""
         tiles.append({"label": heading(name).lower(), "value": show(after), "note": note})
     seconds = sum(row["seconds"] for row in rows)
     if rows and seconds > 0:
         speed = sum(row["tokens"] for row in rows) / seconds
-        note = f"{speed:,.0f} tokens/s, {len(rows)} steps"
+        note = f"{speed:,.0f} {unit(result)}/s, {len(rows)} steps"
         tiles.append({"label": "training time", "value": clock(seconds), "note": note})
         peak = max(row["memory"] for row in rows) / 2**20
         tiles.append({"label": "peak memory", "value": f"{peak:,.0f} MiB", "note": manifest.get("device", "")})
@@ -71,8 +73,8 @@ def _tiles(result: dict[str, Any], manifest: dict[str, Any], rows: Sequence[dict
     return tiles
 
 
-def _charts(logs: Logs) -> list[dict[str, Any]]:
-    """Return the charts."""
+def _charts(logs: Logs, counted: str) -> list[dict[str, Any]]:
+    """Return the charts of a run that counts tokens or arrays."""
     rows, evaluations, charts = logs.rows, logs.evaluations, []
     steps = [row["step"] for row in rows]
     axis = {"title": {"text": "step"}}
@@ -84,17 +86,15 @@ def _charts(logs: Logs) -> list[dict[str, Any]]:
         ]
         if held := [(e["step"], e["loss"]) for e in evaluations if e.get("loss") is not None]:
             traces.append(_trace("points", 1, "held-out", *zip(*held, strict=True)))
-        charts.append(
-            figure("loss", "Loss per trained token", traces, xaxis=axis, yaxis=steep(losses), wide=True, legend=True)
-        )
+        per = "Loss per trained token" if counted == "tokens" else "Loss per array"
+        charts.append(figure("loss", per, traces, xaxis=axis, yaxis=steep(losses), wide=True, legend=True))
     charts += _rollouts(rows, axis)
     for name in sorted({key for e in evaluations for key in e} - {"step", "loss"}):
         kept = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
         if not kept:
             continue
-        loss = lower_is_better(name)
-        title = heading(name) + ("" if loss else " of generated answers")
-        percent = {} if loss else {"tickformat": ".0%", "range": [-0.02, 1.02]}
+        title = heading(name) + (" of generated answers" if parts.find("metric", name) else "")
+        percent = {"tickformat": ".0%", "range": [-0.02, 1.02]} if is_share(name) else {}
         traces = [_trace("points", 1, heading(name).lower(), *zip(*kept, strict=True))]
         charts.append(figure(name, title, traces, xaxis=axis, yaxis=percent))
     if rows:
@@ -102,7 +102,7 @@ def _charts(logs: Logs) -> list[dict[str, Any]]:
         for key, title, values in (
             ("lr", "Learning rate", [row.get("lr") for row in rows]),
             ("grad_norm", "Gradient norm before clipping", [row.get("grad_norm") for row in rows]),
-            ("speed", "Tokens per second", speeds),
+            ("speed", f"{counted.capitalize()} per second", speeds),
         ):
             charts.append(figure(key, title, [_trace("detail", 0, title, steps, values)], xaxis=axis))
     return charts

@@ -245,7 +245,7 @@ def _charts(runs: Sequence[Shown]) -> list[dict[str, Any]]:
     drawn += [
         ("lr", "Learning rate", steps("lr", False), "detail"),
         ("grad_norm", "Gradient norm before clipping, smoothed", steps("grad_norm", True), "detail"),
-        ("speed", "Tokens per second, smoothed", steps("speed", True), "detail"),
+        ("speed", "Tokens or arrays per second, smoothed", steps("speed", True), "detail"),
     ]  # fmt: skip
     charts = []
     for name, words, curves, role in drawn:

@@ -37,7 +37,8 @@ def standings(result: Mapping[str, Any]) -> Standings:
     measured = [row for row in rows if metric in row["summary"]]
     percent = metric == SHARE
     amount = f"{result['budget']['kind']}={result['budget']['amount']:,g} each"
-    if len({row["steps"] for row in rows} - {None}) > 1 and result["budget"]["kind"] == "steps":
+    various = len({row["steps"] for row in rows} - {None}) > 1 or not result["budget"]["amount"]
+    if various and result["budget"]["kind"] == "steps":
         amount = "as many steps as each recipe says"
     head = f"{result['name']}: {metric} ({result['better']} is better), {amount}, seeds {result['seeds']}"
     quality = [["variant", metric, "95% interval", "against the baseline"]]
