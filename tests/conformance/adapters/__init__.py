@@ -61,19 +61,26 @@ def options_to_test(name: str) -> list[dict[str, Any]]:
     return [*([{}] if found.get("defaults", True) else []), *found.get("rows", [])]
 
 
-def cases() -> list[Any]:
-    """Return one case per part, per row of options, and per bridged method, on every architecture that it fits."""
+def cases(once: bool = False) -> list[Any]:
+    """Return one case per part, per row of options, and per bridged method, on every architecture that it fits.
+
+    Args:
+        once: on the first of them alone, for promises that no architecture changes.
+    """
     found: list[tuple[str, dict[str, Any]]] = []
     for record in parts.catalogue():
         if record.kind == "adapter" and record.name == "peft:":
             found += [(f"peft:{method}", {"method": method, "options": o}) for method, o in BRIDGED.items()]
         elif record.kind == "adapter":
             found += [(record.name, options) for options in options_to_test(record.name)]
+    fitting = {
+        i: [model for model in MODELS if about(name).get("only", ONLY.get(name, model)) == model]
+        for i, (name, _) in enumerate(found)
+    }
     return [
         pytest.param(name, options, model, id=f"{name}-{i}-{model}")
         for i, (name, options) in enumerate(found)
-        for model in MODELS
-        if about(name).get("only", ONLY.get(name, model)) == model
+        for model in fitting[i][: 1 if once else None]
     ]
 
 
