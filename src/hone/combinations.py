@@ -13,6 +13,23 @@ LAST = (*MIXING, "fpf")  # callbacks that change the weights when a run ends, af
 # Adapters whose entries change their meaning during a run, by the option that decides it, with its value if not.
 EXCHANGING: dict[str, tuple[str, str | None]] = {"spiel": ("regrow", "none"), "sara": ("reselect", None)}
 
+# Settings of TRL's, Axolotl's and LLaMA-Factory's recipes, and what they are here.
+_ELSEWHERE = {
+    "learning_rate": "optimizer.lr", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
+    "warmup_ratio": "schedule.warmup", "warmup_steps": "schedule.warmup", "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule", "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps",
+    "max_grad_norm": "clip", "gradient_clipping": "clip", "sequence_len": "data.max_tokens",
+    "max_seq_length": "data.max_tokens", "max_length": "data.max_tokens", "cutoff_len": "data.max_tokens",
+    "per_device_train_batch_size": "batch_tokens, the tokens of a whole step", "batch_size": "batch_tokens, in tokens",
+    "micro_batch_size": "micro_tokens, in tokens", "gradient_checkpointing": "recompute",
+    "gradient_accumulation_steps": "micro_tokens, the most tokens in one pass", "output_dir": "out",
+    "gradient_accumulation": "micro_tokens, the most tokens in one pass", "sample_packing": "packing",
+    "datasets": "data", "dataset": "data", "base_model": "model", "model_name_or_path": "model", "peft": "adapter",
+    "save_steps": "checkpoint_every", "eval_steps": "eval_every", "save_total_limit": "keep", "lora_r": "adapter.rank",
+    "bf16": "precision",
+}  # fmt: skip
+ELSEWHERE = {name: f"here it is {said}" for name, said in _ELSEWHERE.items()}
+
 
 def combinations(raw: dict[str, Any], at: str, places: opt.Places) -> list[Problem]:
     """Return the problems that lie between fields rather than in one.

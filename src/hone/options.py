@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
@@ -18,21 +19,6 @@ from hone import parts
 from hone.diffusion.saved import denoiser_folder
 from hone.errors import HoneError, Problem, nearest
 
-# Settings of TRL's, Axolotl's and LLaMA-Factory's recipes, and what they are here.
-ELSEWHERE = {
-    "learning_rate": "optimizer.lr", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
-    "warmup_ratio": "schedule.warmup", "warmup_steps": "schedule.warmup", "lr_scheduler": "schedule",
-    "lr_scheduler_type": "schedule", "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps",
-    "max_grad_norm": "clip", "gradient_clipping": "clip", "sequence_len": "data.max_tokens",
-    "max_seq_length": "data.max_tokens", "max_length": "data.max_tokens", "cutoff_len": "data.max_tokens",
-    "per_device_train_batch_size": "batch_tokens, the tokens of a whole step", "batch_size": "batch_tokens, in tokens",
-    "micro_batch_size": "micro_tokens, in tokens", "gradient_checkpointing": "recompute",
-    "gradient_accumulation_steps": "micro_tokens, the most tokens in one pass", "output_dir": "out",
-    "gradient_accumulation": "micro_tokens, the most tokens in one pass", "sample_packing": "packing",
-    "datasets": "data", "dataset": "data", "base_model": "model", "model_name_or_path": "model", "peft": "adapter",
-    "save_steps": "checkpoint_every", "eval_steps": "eval_every", "save_total_limit": "keep", "lora_r": "adapter.rank",
-    "bf16": "precision",
-}  # fmt: skip
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
@@ -110,7 +96,9 @@ def _check_value(hint: Any, value: Any) -> str:
         return f"{where}expected {' or '.join(dict.fromkeys(texts))}, got {value!r}"
 
 
-def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> list[Problem]:
+def check_fields(
+    cls: type, given: dict[str, Any], at: str, places: Places, elsewhere: Mapping[str, str] | None = None
+) -> list[Problem]:
     """Check a mapping of options against the fields of a dataclass.
 
     Args:
@@ -118,6 +106,7 @@ def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> l
         given: option name to value.
         at: dotted path of the mapping inside the recipe, "" at the top.
         places: where each path was written.
+        elsewhere: what to say of names that are no options here, but that people know from elsewhere.
 
     Returns:
         One problem per unknown option, wrong type, value out of range or missing option.
@@ -126,7 +115,7 @@ def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> l
     for name, value in given.items():
         path = f"{at}.{name}" if at else str(name)  # YAML allows keys that are no strings
         if name not in known:
-            hint = _elsewhere(name, known) or nearest(name, known) or f"options: {', '.join(known) or 'none'}"
+            hint = (elsewhere or {}).get(name) or nearest(name, known) or f"options: {', '.join(known) or 'none'}"
             problems.append(Problem(path, "unknown option", places.find(path), hint))
         elif (nested := nested_kind(known[name])) is not None:
             default = next(field.default for field in dataclasses.fields(cls) if field.name == name)
@@ -146,15 +135,6 @@ def check_fields(cls: type, given: dict[str, Any], at: str, places: Places) -> l
             path = f"{at}.{field.name}" if at else field.name
             problems.append(Problem(path, "is required and was not given", places.find(path)))
     return problems
-
-
-def _elsewhere(name: Any, known: dict[str, Any]) -> str:
-    """Return where a setting that other trainers know by another name is found, "" where nothing is known."""
-    if "batch_tokens" in known and name in ELSEWHERE:
-        return f"here it is {ELSEWHERE[name]}"
-    if name == "path" and {"format", "columns", "holdout"} <= known.keys():
-        return "this is no source of files; for one write data: FILE"
-    return ""
 
 
 def _bare(hint: Any) -> Any:
@@ -254,7 +234,8 @@ def check_part(kind: str, spec: Any, at: str, places: Places) -> list[Problem]:
         found = cls.problems(name.split(":", 1)[1], rest)
         problems += [Problem(f"{at}.{key}".rstrip("."), text, places.find(f"{at}.{key}")) for key, text in found]
         return problems
-    problems = check_fields(cls, options, at, places)
+    path_is = {"path": "this is no source of files; for one write data: FILE"} if kind == "data" else None
+    problems = check_fields(cls, options, at, places, path_is)
     if not problems and hasattr(cls, "check"):
         found = build_part(kind, spec).check()
         problems = [Problem(f"{at}.{key}", text, places.find(f"{at}.{key}")) for key, text in found]

@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field
 
 from hone import options as opt
-from hone.combinations import combinations
+from hone.combinations import ELSEWHERE, combinations
 from hone.errors import Problem, RecipeError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -464,7 +464,7 @@ def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str
     plain = {k: v for k, v in raw.items() if k not in PART_FIELDS and k not in LIST_FIELDS}
     if only is not None:
         plain = {k: v for k, v in plain.items() if k in only}
-    problems += opt.check_fields(Recipe, plain, at, places)
+    problems += opt.check_fields(Recipe, plain, at, places, ELSEWHERE)
     for name, value in raw.items():
         path = f"{at}.{name}".lstrip(".")
         if only is not None and name not in only:

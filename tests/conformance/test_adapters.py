@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from conformance.adapters import (
     IDS,
     MODELS,
+    QUIET,
     attach,
     build,
     cases,
@@ -26,12 +27,7 @@ from conformance.adapters import (
 from hone.adapters.base import load_adapter
 from hone.errors import HoneError
 
-pytestmark = [
-    pytest.mark.parametrize(("name", "options", "kind"), cases()),
-    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out:UserWarning"),  # PEFT finds out by itself and says so
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT 0.21 on transformers 5.23
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),  # of PEFT's own AdaLoRA files
-]
+pytestmark = [pytest.mark.parametrize(("name", "options", "kind"), cases()), *QUIET]
 
 
 def test_the_model_is_the_base_at_the_start(name: str, options: dict[str, Any], kind: str) -> None:

@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.adapters import MODELS, attach, build, calibration, cases, keep_or_skip, snapshot
+from conformance.adapters import MODELS, QUIET, attach, build, calibration, cases, keep_or_skip, snapshot
 from hone.errors import HoneError
 
-pytestmark = [
-    pytest.mark.parametrize(("name", "options", "kind"), cases(once=True)),
-    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out:UserWarning"),  # PEFT finds out by itself and says so
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT 0.21 on transformers 5.23
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),  # of PEFT's own AdaLoRA files
-]
+pytestmark = [pytest.mark.parametrize(("name", "options", "kind"), cases(once=True)), *QUIET]
 
 
 def test_another_base_is_refused(name: str, options: dict[str, Any], kind: str, tmp_path: Path) -> None:

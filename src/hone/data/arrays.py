@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from hone.data.files import digest
 from hone.data.source import Split
 from hone.diffusion.items import Collection
 from hone.diffusion.mixture import Mixture
@@ -308,8 +309,7 @@ class Images(ArraySource):
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
             return self.path
-        found = [(str(p.relative_to(folder)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in self._files(folder)]
-        return json.dumps(found)
+        return json.dumps([(str(p.relative_to(folder)), digest(p)) for p in self._files(folder)])
 
     def _files(self, folder: Path) -> list[Path]:
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES)

@@ -85,9 +85,7 @@ class Files(RowSource):
         """Return a hash of the files' names and content, or of names, sizes and times where they are streamed."""
         found = []
         for file in self.files():
-            stat = file.stat()
-            signature = (stat.st_size, stat.st_mtime_ns)
-            found.append([str(file), signature if self.streaming else _digest(file, *signature)])
+            found.append([str(file), _signature(file) if self.streaming else digest(file)])
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
@@ -338,6 +336,20 @@ def _count(file: Path, reader: Callable[[Path], Rows]) -> int:
         except (ArrowInvalid, OSError) as error:
             raise DataError(f"{file}: not a readable Parquet file: {error}") from error
     return sum(1 for _ in reader(file))
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file's content, read again only when its size or time has changed.
+
+    Args:
+        file: the file.
+    """
+    return _digest(file, *_signature(file))
+
+
+def _signature(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 @lru_cache(maxsize=4096)

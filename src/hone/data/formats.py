@@ -19,6 +19,7 @@ columns go to `Sample.extra`, except numbers in columns named `weight`, `margin`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,8 +45,9 @@ def _text(cells: Cells) -> Sample:
 
 def _prompt(cells: Cells) -> Sample:
     if not isinstance(cells.get("prompt"), list):
-        cells.text("prompt")  # must be there
-        return Sample("prompt", prompt=_asked(cells))
+        text = cells.text("prompt")
+        chat = (*_system(cells), Message("user", text))
+        return Sample("prompt", prompt=chat if cells.chat else _plain_system(cells) + text)
     turns = _after_system(cells, cells.turns("prompt"))
     if turns[-1].role == "assistant":
         fix = "Remove that turn."
@@ -87,8 +89,13 @@ def _asked(cells: Cells) -> str | tuple[Message, ...]:
         return _after_system(cells, cells.turns("prompt"))
     if cells.get("prompt") is None:
         return _plain_system(cells)
-    plain, user = _task(cells, "prompt") if cells.columns["prompt"] == INSTRUCTION else (cells.text("prompt"),) * 2
+    plain, user = _wanted(cells)
     return (*_system(cells), Message("user", user)) if cells.chat else _plain_system(cells) + plain
+
+
+def _wanted(cells: Cells) -> tuple[str, str]:
+    """Return the text of a prompt column as plain text and as a user would write it; only an instruction differs."""
+    return _task(cells, "prompt") if cells.columns["prompt"] == INSTRUCTION else (cells.text("prompt"),) * 2
 
 
 def _task(cells: Cells, role: str) -> tuple[str, str]:
@@ -199,7 +206,7 @@ def _pair_prompt(cells: Cells) -> tuple[Message, ...]:
     given = cells.get("prompt")
     if given is None or isinstance(given, list):
         return () if given is None else cells.turns("prompt")
-    return (Message("user", _task(cells, "prompt")[1] if cells.columns["prompt"] == INSTRUCTION else given),)
+    return (Message("user", _wanted(cells)[1]),)
 
 
 def _shared(first: Any, second: Any) -> int:
@@ -316,10 +323,9 @@ class Format:
 
 def _encodable(sample: Sample, where: str) -> Sample:
     """Return a sample whose texts are whole characters: JSON can hold half of one, which no tokenizer takes."""
-    texts = [
-        part if isinstance(part, str) else [turn.content for turn in part] for part in (sample.prompt, *sample.answers)
-    ]
-    for text in (text for part in texts for text in ([part] if isinstance(part, str) else part)):
+    parts = [[part] if isinstance(part, str) else [turn.content for turn in part]
+             for part in (sample.prompt, *sample.answers)]  # fmt: skip
+    for text in itertools.chain.from_iterable(parts):
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -292,3 +292,17 @@ def require_finished(folder: RunFolder) -> dict[str, Any]:
     if result.get("status") != "finished":
         raise HoneError(f"{folder.path} has no finished model yet; go on with: hone resume {folder.path}")
     return result
+
+
+def last_stage(path: Path) -> Recipe:
+    """Return the recipe of the last stage of a finished run; what it names may be gone since.
+
+    Args:
+        path: the run folder.
+
+    Raises:
+        HoneError: it is no run folder, or the run has no saved model yet.
+    """
+    folder = RunFolder.open(path)
+    require_finished(folder)
+    return stages_of(Recipe.kept(folder.path / "recipe.yaml"), folder)[-1]

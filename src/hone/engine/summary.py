@@ -8,6 +8,7 @@ from typing import Any
 from hone.diffusion.saved import denoiser_folder
 from hone.engine.folder import RunFolder, stage_folders
 from hone.engine.progress import clock
+from hone.figures import is_share
 
 SHOWN = 3  # answers that are printed
 
@@ -29,8 +30,7 @@ def summary(result: dict[str, Any]) -> list[str]:
     for name, after in result["after"].items():
         before = result["before"].get(name)
         if before is not None:
-            share = "accuracy" in name and 0 <= before <= 1
-            shown = [f"{value:.1%}" if share else f"{value:.3f}" for value in (before, after)]
+            shown = [f"{value:.1%}" if is_share(name) else f"{value:.3f}" for value in (before, after)]
             lines.append(f"held-out {name}: {shown[0]} before, {shown[1]} after")
     text = unit(result) == "tokens"
     further = [f"  hone sample {path} --prompt '...'", f"  hone eval {path}", f"  hone export {path} --to hf"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hone.adapters.base import CONFIG_FILE, reader
+from hone.adapters.base import CONFIG_FILE, read_config, reader
 from hone.data.open import open_data
 from hone.data.sample import Message, Sample
 from hone.diffusion.saved import denoiser_folder
@@ -21,7 +21,7 @@ from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
 from hone.engine.loop import Run
 from hone.engine.progress import Display, listen
-from hone.engine.run import require_finished, stages_of
+from hone.engine.run import last_stage, require_finished, stages_of
 from hone.errors import HoneError
 from hone.recipe import Recipe
 from hone.samplers.text import Greedy
@@ -41,9 +41,7 @@ def _model_folder(path: Path) -> tuple[Path | str, Recipe | None]:
     """Return the model of a run folder with its recipe, or a plain model folder."""
     listen()
     if (path / "recipe.yaml").is_file():
-        folder = RunFolder.open(path)
-        require_finished(folder)
-        return folder.path / "model", stages_of(Recipe.kept(folder.path / "recipe.yaml"), folder)[-1]
+        return path / "model", last_stage(path)
     return (str(path) if str(path) == "base" else path), None
 
 
@@ -190,14 +188,12 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
         HoneError: an unknown format, a run without an adapter, an existing folder, or logits that differ.
     """
     listen()
-    folder = RunFolder.open(path)
-    require_finished(folder)
-    made = folder.path / "model"
+    path = path.expanduser()
+    recipe, made = last_stage(path), path / "model"
     _check_exportable(made, to, dtype)
-    target = out or folder.path / f"export-{to}"
+    target = out or path / f"export-{to}"
     if target.exists():
         raise HoneError(f"'{target}' exists already, and nothing is ever overwritten; give another one with --out")
-    recipe = stages_of(Recipe.kept(folder.path / "recipe.yaml"), folder)[-1]
     trained = LanguageModel.load(str(made), dtype=torch.float64 if recipe.precision == "float64" else torch.float32)
     ids = torch.arange(1, 33)[None] % trained.hf.config.vocab_size
     headed = to == "hf" and (made / EXTRAS_FILE).is_file()
@@ -229,7 +225,7 @@ def export_run(path: Path, to: str, out: Path | None, dtype: str = "") -> dict[s
 
 def _name_base(staging: Path, target: Path) -> str:
     """Let an adapter that is being exported name the base beside it, where it has one of its own; return the base."""
-    config = json.loads((staging / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_config(staging)
     if (staging / "base").is_dir():
         config["base_model_name_or_path"] = str((target / "base").absolute())
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -113,9 +113,11 @@ class ModelReward(Reward):
         return tree
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> None:
+        from hone.engine.run import last_stage
+
         folder = Path(self.path).expanduser()
         made = folder / "model" if (folder / "recipe.yaml").is_file() else folder
-        last = _last_stage(folder) if made != folder else None
+        last = last_stage(folder) if made != folder else None
         if saved_names(made) is not None or (last is not None and _makes_rewards(last)):
             self._load_own(made, last, device, dtype)
         else:
@@ -174,17 +176,6 @@ class ModelReward(Reward):
 def _answers(batch: Packed) -> Tensor:
     """Return the segments that are answers: those with a number."""
     return (~batch.fields[SCORE].isnan()).nonzero().squeeze(1).cpu()
-
-
-def _last_stage(folder: Path) -> Recipe:
-    """Return the recipe of the last stage of a finished run."""
-    from hone.engine.folder import RunFolder
-    from hone.engine.run import require_finished, stages_of
-    from hone.recipe import Recipe
-
-    run = RunFolder.open(folder)
-    require_finished(run)
-    return stages_of(Recipe.load(folder / "recipe.yaml"), run)[-1]
 
 
 def _makes_rewards(last: Recipe) -> bool:

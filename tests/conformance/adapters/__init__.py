@@ -61,6 +61,13 @@ def options_to_test(name: str) -> list[dict[str, Any]]:
     return [*([{}] if found.get("defaults", True) else []), *found.get("rows", [])]
 
 
+QUIET = [
+    pytest.mark.filterwarnings("ignore:.*fan_in_fan_out:UserWarning"),  # PEFT finds out by itself and says so
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT 0.21 on transformers 5.23
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),  # of PEFT's own AdaLoRA files
+]
+
+
 def cases(once: bool = False) -> list[Any]:
     """Return one case per part, per row of options, and per bridged method, on every architecture that it fits.
 
