@@ -67,9 +67,6 @@ def test_a_conversation_has_one_system_turn(row):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"messages": [HI, turn("assistant", "x", reasoning_content="I think")]}, "turn 2 without 'reasoning_content'"),
-        ({"messages": [HI, turn("assistant", "x", thinking="I think")]}, "turn 2 without 'thinking'"),
-        ({"messages": [HI, HELLO], "tools": [{"name": "f"}]}, "field 'tools'"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history'"),
         ({"text": "half \ud83d"}, r"half of one (\ud83d)"),
         ({"messages": [turn("user", "\udc00"), HELLO]}, "half of one"),

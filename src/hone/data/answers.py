@@ -1,7 +1,8 @@
-"""The final answer in a text, in normal form, and when two of them are the same."""
+"""The final answer in a text, in normal form, the tools that it calls, and when two answers are the same."""
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
 
@@ -55,13 +56,39 @@ def number(text: str) -> Fraction | None:
         return None
 
 
+def calls(text: str) -> list[tuple[str, object]]:
+    """Return the calls of tools that a text makes as JSON, each as (name, arguments), whatever stands around them.
+
+    Args:
+        text: an answer, e.g. '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'.
+    """
+    found: list[tuple[str, object]] = []
+    place, decoder = text.find("{"), json.JSONDecoder()
+    while place >= 0:
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            value, end = None, place + 1
+        named = value.get("function", value) if isinstance(value, dict) else None
+        arguments = named.get("arguments", named.get("parameters")) if isinstance(named, dict) else None
+        if isinstance(arguments, dict) and isinstance(named, dict) and isinstance(named.get("name"), str):
+            found.append((named["name"], arguments))
+        place = text.find("{", end)
+    return found
+
+
 def same_answer(text: str, other: str) -> bool:
-    """Return whether two texts end with the same answer: the same words, or numbers of the same value.
+    """Return whether two texts end with the same answer: the same words, numbers of the same value, or calls of tools.
+
+    Where the reference calls tools, the same tools must be called with equal arguments, in the same order; how the JSON
+    is laid out does not matter.
 
     Args:
         text: an answer, or a reference.
         other: another.
     """
+    if wanted := calls(other):
+        return calls(text) == wanted
     found, expected = final_answer(text), final_answer(other)
     value = number(found)
     return found == expected or (value is not None and value == number(expected))

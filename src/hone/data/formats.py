@@ -12,8 +12,9 @@
     prompt      prompt                                               prompt, for generation and on-policy learning
 
 The first format whose columns are all there is taken and all rows are held to it. A `system` column goes before the
-prompt. Where the prompt of pairs and lists is an `instruction`, it is written as alpaca's is, with its `input`. Other
-columns go to `Sample.extra`, except numbers in columns named `weight`, `margin`, `label` or `reward`, which go to
+prompt. Turns may call tools, which a column `tools` describes, may reason, and may be left untrained (see `turns.py`).
+Where the prompt of pairs and lists is an `instruction`, it is written as alpaca's is, with its `input`. Other columns
+go to `Sample.extra`, except numbers in columns named `weight`, `margin`, `label` or `reward`, which go to
 `Sample.fields`. A `label` is the class of a text too, whether it is a number or a name.
 """
 
@@ -24,11 +25,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hone.data.cells import Cells, quoted, shown
+from hone.data.cells import Cells
 from hone.data.sample import Message, Sample
+from hone.data.turns import quoted, read_tools, shown
 from hone.errors import DataError, nearest
 
 FIELDS = ("weight", "margin", "label", "reward")
+TOOLS = "tools"  # the column of what a conversation may call
 # True in a row of running text that is not the last of its document: no end-of-text token then. No column is called so.
 CONTINUES = "hone:continues"
 ALPACA = (
@@ -65,6 +68,9 @@ def _messages(cells: Cells) -> Sample:
         fix = f"Nothing could be trained; for prompts alone set {recipe}."
         roles = quoted(sorted({turn.role for turn in turns}))
         raise cells.fault("messages", "at least one assistant turn", f"only {roles}", fix)
+    if not any(turn.weight for turn in turns if turn.role == "assistant"):
+        fix = "Nothing would be trained; remove the row."
+        raise cells.fault("messages", "an assistant turn that is trained", "only weights of 0", fix)
     return Sample("messages", prompt=turns)
 
 
@@ -316,9 +322,21 @@ class Format:
         cells = Cells(row, columns, where, self.chat)
         sample, numbers = _encodable(self.shape.build(cells), where), _numbers(cells)
         used = {column for role, column in columns.items() if role not in FIELDS} | {columns.get(n, n) for n in numbers}
+        tools = _tools(sample, row, where)
+        used |= {TOOLS} if tools else set()
         extra = {column: value for column, value in row.items() if column not in used}
         labels = sample.labels or _label(cells)
-        return replace(sample, fields=numbers, labels=labels, extra=extra, where=where)
+        return replace(sample, fields=numbers, labels=labels, extra=extra, where=where, tools=tools)
+
+
+def _tools(sample: Sample, row: Mapping[str, Any], where: str) -> str:
+    """Return the tools that a row offers to its conversation; plain prompts have none."""
+    if isinstance(sample.prompt, str):
+        return ""
+    return read_tools(
+        row.get(TOOLS),
+        lambda expected, found, fix: DataError(f"{where}: field '{TOOLS}': expected {expected}, found {found}. {fix}"),
+    )
 
 
 def _encodable(sample: Sample, where: str) -> Sample:
@@ -399,7 +417,7 @@ def sniff(
     for shape in SHAPES:
         found = _match(shape, row, given) if format in ("auto", shape.name) else None
         if found is not None:
-            used = {*found.values(), *FIELDS, CONTINUES}
+            used = {*found.values(), *FIELDS, CONTINUES, *([TOOLS] if shape.name == "messages" else ())}
             return Format(shape, found, chat, tuple(str(name) for name in row if name not in used))
     raise DataError(_unknown(row, where, format, given))
 

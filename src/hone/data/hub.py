@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hone.data.cells import quoted
 from hone.data.source import RowSource
+from hone.data.turns import quoted
 from hone.errors import DataError, nearest
 from hone.parts import part
 

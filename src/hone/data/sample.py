@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,10 +16,29 @@ class Message:
     Args:
         role: "system", "user", "assistant" or "tool".
         content: the text of the turn.
+        beside: JSON of what a template may write besides: tool_calls, reasoning_content, tool_call_id; "" for nothing.
+        weight: of an assistant's turn in training; 0 leaves it untrained.
     """
 
     role: str
     content: str
+    beside: str = ""
+    weight: float = 1.0
+
+    def plain(self) -> dict[str, Any]:
+        """Return the turn as chat templates take it."""
+        return {"role": self.role, "content": self.content, **(json.loads(self.beside) if self.beside else {})}
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The tools that the turn calls, each with "name" and "arguments"."""
+        return [call["function"] for call in self.plain().get("tool_calls", ())]
+
+    @property
+    def text(self) -> str:
+        """What the turn says, for people and for graders: its content, then each call of a tool as a line of JSON."""
+        lines = [json.dumps(call, ensure_ascii=False) for call in self.calls]
+        return "\n".join([*([self.content] if self.content or not lines else []), *lines])
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,7 @@ class Sample:
         fields: per-sample numbers for objectives, e.g. a weight or a margin.
         extra: other columns of the row, for metrics and rewards, e.g. the exact answer.
         where: "file:line" or "chains:17", for messages.
+        tools: JSON of the tools that a conversation may call, which the chat template writes before it; "" for none.
     """
 
     kind: Kind
@@ -49,6 +70,7 @@ class Sample:
     fields: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = ""
+    tools: str = ""
 
 
 def opened(sample: Sample) -> Sample:
@@ -62,4 +84,6 @@ def opened(sample: Sample) -> Sample:
     last = max((number for number, turn in enumerate(sample.prompt) if turn.role == "assistant"), default=None)
     if last is None:
         return sample
-    return replace(sample, kind="completion", prompt=sample.prompt[:last], answers=(sample.prompt[last].content,))
+    turn = sample.prompt[last]
+    answer = (turn,) if turn.beside else turn.content
+    return replace(sample, kind="completion", prompt=sample.prompt[:last], answers=(answer,))

@@ -341,7 +341,7 @@ def own_answer(sample: Sample) -> str:
     if not sample.answers:
         raise DataError(f"{sample.where}: expected a prompt with an answer")
     answer = sample.answers[0]
-    return answer if isinstance(answer, str) else answer[-1].content
+    return answer if isinstance(answer, str) else answer[-1].text
 
 
 def reference(sample: Sample) -> str:

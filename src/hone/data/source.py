@@ -157,9 +157,9 @@ def reference(sample: Sample) -> str | None:
             return str(value)
     if sample.kind == "completion":
         answer = sample.answers[0]
-        return answer if isinstance(answer, str) else answer[-1].content
+        return answer if isinstance(answer, str) else answer[-1].text
     if sample.kind == "messages" and not isinstance(sample.prompt, str):
-        return next((turn.content for turn in reversed(sample.prompt) if turn.role == "assistant"), None)
+        return next((turn.text for turn in reversed(sample.prompt) if turn.role == "assistant"), None)
     return None
 
 

@@ -210,7 +210,8 @@ def answer(
         generating: answers prompts, with the arguments of `generate`.
     """
     renderer = model.renderer
-    pairs = [(sample, renderer.prompt_ids(sample)) for sample in samples if sample.kind not in NO_PROMPT]
+    samples = [renderer.worded(sample) for sample in samples if sample.kind not in NO_PROMPT]
+    pairs = [(sample, renderer.prompt_ids(sample)) for sample in samples]
     fitting = [(sample, ids) for sample, ids in pairs if model.context is None or len(ids) < model.context]
     if len(fitting) < len(pairs):
         log.warning("%d held-out prompts fill the model's context and are not asked", len(pairs) - len(fitting))
@@ -238,15 +239,15 @@ def show_prompt(sample: Sample) -> str:
     turns = list(sample.prompt)
     if sample.kind == "messages" and turns and turns[-1].role == "assistant":
         turns = turns[:-1]
-    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+    return "\n".join(f"{turn.role}: {turn.text}" for turn in turns)
 
 
 def expected(sample: Sample) -> str:
     """Return a sample's reference answer as text, "" when it has none."""
     if sample.kind == "messages" and not isinstance(sample.prompt, str):
         last = [turn for turn in sample.prompt if turn.role == "assistant"]
-        return last[-1].content if last else ""
+        return last[-1].text if last else ""
     if not sample.answers:
         return reference(sample) or ""
     first = sample.answers[0]
-    return first if isinstance(first, str) else "\n".join(t.content for t in first if isinstance(t, Message))
+    return first if isinstance(first, str) else "\n".join(t.text for t in first if isinstance(t, Message))

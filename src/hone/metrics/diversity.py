@@ -161,4 +161,4 @@ class Copied:
 def _text(sample: Sample) -> str:
     """Return all that a sample says, its prompt included."""
     parts = [sample.prompt, *sample.answers]
-    return " ".join(part if isinstance(part, str) else " ".join(turn.content for turn in part) for part in parts)
+    return " ".join(part if isinstance(part, str) else " ".join(turn.text for turn in part) for part in parts)

@@ -98,6 +98,7 @@ class ModelReward(Reward):
                 asked = Sample(
                     kind="list", prompt=prompt, answers=tuple(attempts[i].whole for i in some),
                     scores=tuple(float(i) for i in some), extra={CONTINUES: not ended}, where=sample.where,
+                    tools=sample.tools,
                 )  # fmt: skip
                 trees += self._renderer.render(asked)
         return [self._fitting(tree) for tree in trees]

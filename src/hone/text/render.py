@@ -159,11 +159,28 @@ class Renderer:
         if isinstance(messages, str):
             pieces = [Piece(messages)] if messages else []
         else:
-            pieces = self._chat(sample.where).prompt(messages, sample.where)
+            pieces = self._chat(sample.where).prompt(messages, sample.where, sample.tools)
         ids, _ = self._segment([(piece, False) for piece in pieces], plain=isinstance(sample.prompt, str))
         if not len(ids):
             raise ModelError(f"{sample.where}: the prompt is empty and the tokenizer has no token to start a text with")
         return ids
+
+    def worded(self, sample: Sample) -> Sample:
+        """Return a sample whose reference is the text that the chat template writes, where it calls tools.
+
+        Args:
+            sample: a sample of any kind; those whose last answer calls no tool come back as they are.
+
+        Raises:
+            DataError: the chat template refuses the conversation.
+            ModelError: there is no chat template, or it leaves the calls out.
+        """
+        asked = opened(sample)
+        last = asked.answers[-1] if asked.kind == "completion" else ""
+        if isinstance(last, str) or isinstance(asked.prompt, str) or not last[-1].calls:
+            return sample
+        *_, turn = self._chat(sample.where).turns((*asked.prompt, *last), sample.where, sample.tools)
+        return replace(asked, answers=(self.decode(self._tokens(turn.answer)),))
 
     def render(self, sample: Sample) -> list[Tree]:
         """Return the trees of a sample: one, except for a conversation whose template rewrites earlier turns.
@@ -297,14 +314,14 @@ class Renderer:
     def _conversation(self, sample: Sample, messages: tuple[Message, ...], first: int) -> list[Chain]:
         """Return the chains that train the assistant's turns from message number `first` on, each of them once."""
         chains: list[Chain] = []
-        for turn in self._chat(sample.where).turns(messages, sample.where):
+        for turn in self._chat(sample.where).turns(messages, sample.where, sample.tools):
             if turn.index < first:
                 continue
             if not chains or [piece for piece, _ in chains[-1]] != turn.prompt[: len(chains[-1])]:
                 chains.append([])
             chain = chains[-1]
             chain += [(piece, False) for piece in turn.prompt[len(chain) :]]
-            chain.append((turn.answer, True))
+            chain.append((turn.answer, messages[turn.index].weight))
         if not chains:
             raise DataError(f"{sample.where}: expected an assistant turn to train on, found none")
         return chains

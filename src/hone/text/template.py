@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import jinja2
 
 from hone.data.sample import Message
+from hone.data.turns import REASONING
 from hone.errors import DataError, ModelError, nearest
 
 log = logging.getLogger(__name__)
@@ -132,31 +134,33 @@ class ChatTemplate:
         """
         self.text, self.tokenizer, self.company = text, tokenizer, company
 
-    def turns(self, messages: Sequence[Message], where: str) -> Iterator[Turn]:
+    def turns(self, messages: Sequence[Message], where: str, tools: str = "") -> Iterator[Turn]:
         """Yield the assistant's turns of a conversation.
 
         Args:
             messages: the conversation.
             where: "file:line", for messages.
+            tools: JSON of the tools that it may call, "" for none.
 
         Raises:
             DataError: the template refuses the conversation.
-            ModelError: the template is broken, or its generation prompt is not how its assistant turns begin.
+            ModelError: the template is broken, leaves tools or reasoning out, or its generation prompt is not how its
+                assistant turns begin.
         """
         done: list[Piece] = []
         for index, message in enumerate(messages):
             if message.role == "assistant":
-                prompt = self._generation_prompt(messages[:index], where)
-                turn = Turn(index, self._cut(prompt, done), self._answer(messages[: index + 1], prompt, where))
+                prompt = self._generation_prompt(messages[:index], where, tools)
+                turn = Turn(index, self._cut(prompt, done), self._answer(messages[: index + 1], prompt, where, tools))
                 yield turn
                 done = [*turn.prompt, replace(turn.answer, closed=False)]
 
-    def prompt(self, messages: Sequence[Message], where: str) -> list[Piece]:
+    def prompt(self, messages: Sequence[Message], where: str, tools: str = "") -> list[Piece]:
         """Return the generation prompt after a conversation, in pieces; arguments and errors are those of `turns`."""
         done: list[Piece] = []
-        for turn in self.turns(messages, where):
+        for turn in self.turns(messages, where, tools):
             done = [*turn.prompt, replace(turn.answer, closed=False)]
-        return self._cut(self._generation_prompt(messages, where), done)
+        return self._cut(self._generation_prompt(messages, where, tools), done)
 
     def _cut(self, prompt: str, done: list[Piece]) -> list[Piece]:
         """Cut a prompt where earlier turns were cut, or leave it whole where the template wrote those differently."""
@@ -165,17 +169,21 @@ class ChatTemplate:
             return [*done, Piece(prompt[len(text) :], after=self.manner.end or self.company(text))]
         return [Piece(prompt)]
 
-    def _generation_prompt(self, messages: Sequence[Message], where: str) -> str:
+    def _generation_prompt(self, messages: Sequence[Message], where: str, tools: str) -> str:
         surplus = self.manner.surplus  # first of all, so that a template that cannot do anything is not a row's fault
-        prompt = self._write(messages, where, generate=True)
+        prompt = self._write(messages, where, generate=True, tools=tools)
+        for tool in json.loads(tools) if tools else ():
+            if tool["function"]["name"] not in prompt:
+                raise _leaves_out(f"the tool '{tool['function']['name']}'", where)
         return prompt[: len(prompt) - surplus]
 
-    def _answer(self, messages: Sequence[Message], prompt: str, where: str) -> Piece:
+    def _answer(self, messages: Sequence[Message], prompt: str, where: str, tools: str) -> Piece:
         """Return what the last turn adds to its generation prompt, up to the token that ends it."""
-        whole, manner = self._write(messages, where), self.manner
+        whole, manner = self._write(messages, where, tools=tools), self.manner
         if not whole.startswith(prompt):
             raise _not_a_prefix(prompt, whole, where)
         text = whole[len(prompt) :]
+        _check_beside(messages[-1], text, where)
         if not manner.end:
             return Piece(text.removesuffix(manner.tail), self.company(prompt), closed=True)
         before, end, _ = text.rpartition(manner.end)
@@ -183,16 +191,17 @@ class ChatTemplate:
             raise ModelError(f"{where}: the chat template does not end this assistant turn with {manner.end!r}. {FIX}")
         return Piece(before + end, self.company(prompt))
 
-    def _write(self, messages: Sequence[Message], where: str, generate: bool = False) -> str:
+    def _write(self, messages: Sequence[Message], where: str, generate: bool = False, tools: str = "") -> str:
         """Return the text of a conversation, with the beginning of an assistant's turn when it is to be generated."""
         if not messages:
             raise DataError(f"{where}: the conversation begins with an assistant turn; expected a user's turn first")
-        plain = [{"role": message.role, "content": message.content} for message in messages]
+        plain = [message.plain() for message in messages]
         template = FIXED_DATE + self.text if "strftime_now" in self.text else self.text
         try:
             text = self.tokenizer.apply_chat_template(
-                plain, chat_template=template, add_generation_prompt=generate, tokenize=False
-            )
+                plain, chat_template=template, add_generation_prompt=generate, tokenize=False,
+                tools=json.loads(tools) if tools else None,
+            )  # fmt: skip
         except jinja2.TemplateSyntaxError as error:
             place = f"line {error.lineno}: {error.message}"
             raise ModelError(f"the chat template is not valid Jinja: {place}. {FIX}") from error
@@ -235,6 +244,21 @@ class ChatTemplate:
             return Manner(len(prompt) - same, "", tail, None)
         before, mark, _ = tail.partition(str(self.tokenizer.convert_ids_to_tokens(stop)))
         return Manner(len(prompt) - same, before + mark, tail, stop)
+
+
+def _check_beside(message: Message, text: str, where: str) -> None:
+    """Refuse a template that leaves out a turn's calls or its reasoning: they would be lost without a word."""
+    for call in message.calls:
+        if call["name"] not in text:
+            raise _leaves_out(f"the call of '{call['name']}'", where)
+    for key in REASONING:
+        if str(message.plain().get(key, "")).strip() not in text:
+            raise _leaves_out(f"'{key}'", where)
+
+
+def _leaves_out(what: str, where: str) -> ModelError:
+    fix = "Set model.template to the path of a .jinja file that writes it, or remove it from the row."
+    return ModelError(f"{where}: the chat template leaves out {what}. {fix}")
 
 
 def _shared(first: str, second: str) -> int:
