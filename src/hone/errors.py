@@ -76,5 +76,9 @@ class RecipeError(HoneError):
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for the name closest to `word`, or "" when none is close."""
-    found = difflib.get_close_matches(str(word), list(names), n=1, cutoff=0.6)
+    known = list(names)
+    swapped = [
+        name for name in known if sorted(str(name)) == sorted(str(word))
+    ]  # "stf" is nearer to "sft" than to "smt"
+    found = swapped or difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"did you mean '{found[0]}'?" if found else ""

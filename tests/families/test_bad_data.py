@@ -148,7 +148,8 @@ def test_unknown_format_lists_the_columns_the_formats_and_a_mapping_to_write():
     message = str(caught.value)
     assert message.startswith("d.jsonl:1: the format cannot be told from the columns 'ask', 'reply'")
     assert "alpaca: instruction, output" in message and "messages: messages" in message
-    assert message.endswith("columns: {prompt: ask, completion: reply}")
+    assert "columns: {prompt: ask, completion: reply}\n" in message
+    assert message.endswith("columns: {text: ask, label: reply}  (texts and their classes)")
 
 
 def test_named_format_that_does_not_fit():

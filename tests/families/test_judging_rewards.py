@@ -21,6 +21,7 @@ from hone.data.sample import Sample
 from hone.errors import HoneError
 from hone.rewards import text
 from hone.rewards.base import Attempt, Reward, Score, from_function
+from hone.rewards.code import Code, Efficiency
 from hone.rewards.exact import Exact
 from hone.rewards.judge import Appraised, bounded, judge
 from hone.rewards.process import Hackable
@@ -103,6 +104,15 @@ def test_a_reward_that_hangs_is_interrupted(name: str, on_error: str) -> None:
     ):
         tried(Bad(does=HANGS[name]), "good", "bad", on_error=on_error, patience=0.3)
     assert time.monotonic() - begun < 5
+
+
+def test_a_reward_with_limits_of_its_own_has_the_time_that_they_allow() -> None:
+    class Bounded(Bad):
+        def longest(self, answers: int) -> float:
+            return 10.0 * answers
+
+    assert tried(Bounded(does=lambda: time.sleep(0.3) or 1.0), "bad", patience=0.1) == tried(Bad(), "good")
+    assert Code(wall=3, workers=2).longest(5) == 3 * 5.0 and Efficiency(wall=3, workers=2).longest(2) == 3 * 5.0
 
 
 def test_a_slow_expression_is_interrupted() -> None:

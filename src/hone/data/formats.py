@@ -441,12 +441,15 @@ def _unknown(row: Mapping[str, Any], where: str, format: str, given: dict[str, s
     """Return the message about columns that fit no known format, or not the one asked for."""
     wanted = [shape for shape in SHAPES if format in ("auto", shape.name)]
     what = "the format cannot be told from" if format == "auto" else f"format '{format}' does not fit"
-    known = "\n".join(f"    {shape.name}: {', '.join(shape.needs)}" for shape in wanted)
+    known = "\n".join(dict.fromkeys(f"    {shape.name}: {', '.join(shape.needs)}" for shape in wanted))
     shape = wanted[0] if format != "auto" else next(s for s in SHAPES if s.name == "completion")
     rest = [str(name) for name in row if name not in given.values()]
     guess = {role: given.get(role) or (rest.pop(0) if rest else "COLUMN") for role in shape.needs}
     mapping = ", ".join(f"{role}: {column}" for role, column in guess.items())
+    labelled = dict(zip(("text", "label"), guess.values(), strict=False))
+    classes = ", ".join(f"{role}: {column}" for role, column in labelled.items())
+    also = f"\n    columns: {{{classes}}}  (texts and their classes)" if format == "auto" and len(labelled) == 2 else ""
     return (
         f"{where}: {what} the columns {quoted(row)}\n  formats and the columns they need:\n{known}\n"
-        f"  Rename the columns, or say in the recipe which one is what, for instance:\n    columns: {{{mapping}}}"
+        f"  Rename the columns, or say in the recipe which one is what, for instance:\n    columns: {{{mapping}}}{also}"
     )

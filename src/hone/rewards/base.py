@@ -82,6 +82,14 @@ class Reward(ABC):
             run: the run in progress (`engine/loop.py: Run`).
         """
 
+    def longest(self, answers: int) -> float:
+        """Return how many seconds the reward takes at most by limits of its own, 0 where it has none.
+
+        Args:
+            answers: how many it judges.
+        """
+        return 0.0
+
     @abstractmethod
     def score(self, attempts: Sequence[Attempt], source: Source) -> Sequence[float | Score]:
         """Return the worth of each attempt, in their order.

@@ -23,6 +23,7 @@ from hone.rewards.base import Attempt, NotNegative, Positive, Reward
 if TYPE_CHECKING:
     from hone.data.source import Source
 
+_STARTING = 2.0  # seconds between two programs of a worker, on a busy machine
 TINY = 1e-3  # of the tolerance: 0.1 + 0.2 - 0.3 is 6e-17, and a right 0 must equal it
 FENCED = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:\n```|\n?\Z)", re.DOTALL)
 FORM = (
@@ -203,6 +204,14 @@ class Executed(Reward):
         """
         sandbox.prove()
 
+    def longest(self, answers: int) -> float:
+        """Return how many seconds programs take that all wait until they are ended.
+
+        Args:
+            answers: how many are judged.
+        """
+        return math.ceil(answers / (self.workers or os.cpu_count() or 1)) * (self.wall + _STARTING)
+
     def verdicts(self, texts: Sequence[str], samples: Sequence[Sample], *, count: bool = False) -> list[Verdict]:
         """Return what comes of code on the tests of samples; equal pairs run once.
 
@@ -332,6 +341,15 @@ class Efficiency(Executed):
         costs = self._costs_of([found[i] for i in right], [texts[i] for i in right], [samples[i] for i in right])
         ratios = {i: references[i] / cost for i, cost in zip(right, costs, strict=True)}
         return [self._one(verdict, ratios.get(i, 0.0)) for i, verdict in enumerate(found)]
+
+    def longest(self, answers: int) -> float:
+        """Return how many seconds programs and their references take that all wait until they are ended.
+
+        Args:
+            answers: how many are judged.
+        """
+        each = self.wall + _STARTING  # a reference runs alone
+        return (super().longest(answers) + answers * each) * (1 if self.cost == "lines" else self.repeats)
 
     def _one(self, verdict: Verdict, ratio: float) -> float:
         if not verdict.ran.compiled:

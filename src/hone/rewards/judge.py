@@ -159,6 +159,7 @@ def _scores(
     reward: Reward, attempts: Sequence[Attempt], source: Source, skip: bool, patience: float
 ) -> list[Score | None]:
     """Return what a reward gives for all attempts, None where it cannot."""
+    patience = max(patience, reward.longest(len(attempts)))  # programs that all wait until their time is up are no hang
     end = time.monotonic() + patience
     try:
         return [_checked(reward, *pair) for pair in zip(attempts, _asked(reward, attempts, source, end), strict=True)]
