@@ -7,10 +7,11 @@ control of the page, e.g. what stands on the x-axis.
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hone.engine.folder import RunFolder, stage_folders
@@ -30,11 +31,25 @@ class Logs:
         rows: one a step.
         evaluations: one an evaluation.
         answers: to held-out prompts, of every evaluation.
+        begins: where each stage begins among the rows and among the evaluations.
     """
 
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     answers: list[dict[str, Any]]
+    begins: dict[str, list[int]] = field(default_factory=dict)
+
+    def by_stage(self, kind: str, key: str) -> list[tuple[list[int], list[float | None]]]:
+        """Return a curve cut where a stage ends: the loss of one objective does not go on from that of another.
+
+        Args:
+            kind: "rows" or "evaluations".
+            key: what the curve shows; rows without it are left out.
+        """
+        logged = getattr(self, kind)
+        cuts = itertools.pairwise([*self.begins.get(kind, [0]), len(logged)])
+        parts = [[row for row in logged[a:b] if kind == "rows" or row.get(key) is not None] for a, b in cuts]
+        return [([row["step"] for row in part], [row.get(key) for row in part]) for part in parts if part]
 
 
 def stages(folder: RunFolder) -> list[RunFolder]:
@@ -47,6 +62,8 @@ def read_logs(folder: RunFolder) -> Logs:
     logs = Logs([], [], [])
     before = 0
     for stage in stages(folder):
+        for kind in ("rows", "evaluations"):
+            logs.begins.setdefault(kind, []).append(len(getattr(logs, kind)))
         for rows, name in (
             (logs.rows, "metrics.jsonl"), (logs.evaluations, "evaluations.jsonl"), (logs.answers, "samples.jsonl")
         ):  # fmt: skip

@@ -80,12 +80,13 @@ def _charts(logs: Logs, counted: str) -> list[dict[str, Any]]:
     axis = {"title": {"text": "step"}}
     if rows:
         losses = [row.get("loss") for row in rows]
+        cut = logs.by_stage("rows", "loss")
         traces = [
-            _trace("raw", 0, "each step", steps, losses),
-            _trace("curve", 0, "training, smoothed", steps, smooth(losses)),
+            _trace("raw", 0, "each step", *_with_gaps(cut)),
+            _trace("curve", 0, "training, smoothed", *_with_gaps([(x, smooth(y)) for x, y in cut])),
         ]
-        if held := [(e["step"], e["loss"]) for e in evaluations if e.get("loss") is not None]:
-            traces.append(_trace("points", 1, "held-out", *zip(*held, strict=True)))
+        if held := logs.by_stage("evaluations", "loss"):
+            traces.append(_trace("points", 1, "held-out", *_with_gaps(held)))
         per = "Loss per trained token" if counted == "tokens" else "Loss per array"
         charts.append(figure("loss", per, traces, xaxis=axis, yaxis=steep(losses), wide=True, legend=True))
     charts += _rollouts(rows, axis)
@@ -106,6 +107,16 @@ def _charts(logs: Logs, counted: str) -> list[dict[str, Any]]:
         ):
             charts.append(figure(key, title, [_trace("detail", 0, title, steps, values)], xaxis=axis))
     return charts
+
+
+def _with_gaps(parts: Sequence[tuple[list[int], list[float | None]]]) -> tuple[list[int], list[float | None]]:
+    """Return curves as one that is interrupted between them."""
+    steps: list[int] = []
+    values: list[float | None] = []
+    for x, y in parts:
+        steps += [*x[:1], *x] if steps else x  # a point without a value interrupts the line
+        values += [None, *y] if values else y
+    return steps, values
 
 
 def _rollouts(rows: Sequence[dict[str, Any]], axis: dict[str, Any]) -> list[dict[str, Any]]:
