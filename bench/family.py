@@ -75,6 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--count", action="store_true")
+    parser.add_argument(
+        "--again", nargs="*", help="look for the learning rates of these alone; others keep those of OUT"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/compare-adapters"))
     parser.add_argument("--out", type=Path, default=Path("docs/evidence/compare-adapters.json"))
     args = parser.parse_args()
@@ -92,19 +95,33 @@ def main() -> None:
         longer = {"optimizer.rates": {"hf": 10.0}} if label in LONGER else {}
         return {"adapter": ADAPTERS[label], **longer}
 
-    variants = [Variant(label, changed(SORT, settings(label)), settings(label)) for label in ADAPTERS]
-    comparison = Comparison(
-        name="adapters", variants=tuple(variants), seeds=5, tune={"optimizer.lr": RATES}, metric="loss",
-        baseline="lora", command="python bench/family.py",
-    )  # fmt: skip
-    result = compare(comparison, args.runs, pool=LocalPool(args.jobs), display=Display(), retry=True)
-    print("\n".join(table(result)))
-    if result["status"] != "finished":
-        print("stopped; finished runs are kept: call it again to go on")
-        return
-    kept = {k: v for k, v in result.items() if k not in ("folder", "report")}
-    for row in kept["variants"]:
+    def contest(name: str, chosen: dict[str, dict[str, Any]], tune: dict[str, Any], seeds: int) -> dict[str, Any]:
+        variants = [Variant(label, changed(SORT, given), given) for label, given in chosen.items()]
+        comparison = Comparison(
+            name=name, variants=tuple(variants), seeds=seeds, tune=tune, metric="loss", baseline=next(iter(chosen)),
+            command="python bench/family.py",
+        )  # fmt: skip
+        result = compare(comparison, args.runs / name, pool=LocalPool(args.jobs), display=Display(), retry=True)
+        if result["status"] != "finished":
+            raise SystemExit("stopped; finished runs are kept: call it again to go on")
+        return result
+
+    # Tuning and running are two contests, so that an adapter whose code has changed is tuned anew without the others.
+    known = json.loads(args.out.read_text(encoding="utf-8"))["variants"] if args.again else []
+    looked = {row["label"]: row for row in known if row["label"] not in args.again}
+    if missing := [label for label in ADAPTERS if label not in looked]:
+        found = contest("tuned", {label: settings(label) for label in missing}, {"optimizer.lr": RATES}, 1)
+        looked.update({row["label"]: row for row in found["variants"]})
+    first = ["lora", *(label for label in ADAPTERS if label != "lora")]
+    result = contest("adapters", {label: {**settings(label), **looked[label]["tuned"]} for label in first}, {}, 5)
+    for row in result["variants"]:
+        row.update(
+            {key: looked[row["label"]][key] for key in ("tuned", "trials", "note")}, settings=settings(row["label"])
+        )
         row.pop("cells", None)
+    result["tune"] = {"optimizer.lr": RATES}
+    print("\n".join(table(result)))
+    kept = {key: value for key, value in result.items() if key not in ("folder", "report")}
     args.out.write_text(json.dumps(kept, indent=1, default=str) + "\n", encoding="utf-8")
 
 

@@ -185,6 +185,9 @@ def compare(
 def verify(
     names: Annotated[list[str], typer.Argument(help="Parts, kinds, KIND.NAME.CLAIM, or all.")],
     stale: Annotated[bool, typer.Option("--stale", help="Only claims that never ran or whose source changed.")] = False,
+    recheck: Annotated[
+        bool, typer.Option("--recheck", help="Only look, with one seed, whether stale results are as they were.")
+    ] = False,
     show_only: Annotated[bool, typer.Option("--list", help="Name the claims, run nothing.")] = False,
     on: Annotated[str, typer.Option(help="Where cells run: local, ray, or ray:ADDRESS.")] = "local",
     jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default what the machine allows.")] = None,
@@ -194,9 +197,13 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Run the experiments behind what methods claim, and store what came out."""
+    from hone.evidence.recheck import recheck_command
     from hone.evidence.verify import verify_command
 
-    records, lines = verify_command(names, stale=stale, show_only=show_only, on=on, jobs=jobs, out=out)
+    if recheck and not show_only:
+        records, lines = recheck_command(names, on=on, jobs=jobs, out=out)
+    else:
+        records, lines = verify_command(names, stale=stale or recheck, show_only=show_only, on=on, jobs=jobs, out=out)
     print(json.dumps(records) if as_json else "\n".join(lines))
     raise SystemExit(1 if any(record["verdict"] == "failed" for record in records) else 0)
 

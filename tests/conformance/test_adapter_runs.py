@@ -27,11 +27,13 @@ def finished(
 ) -> tuple[str, Path]:
     """The name of an adapter, and a finished run of it."""
     name = request.param
+    general = tmp_path_factory.mktemp("general") / "few.jsonl"  # evaluated whole, four times with the resumed run
+    general.write_text("".join(qa_file.read_text().splitlines(keepends=True)[:20]))
     out = tmp_path_factory.mktemp(name) / "run"
     row = (about(name).get("rows") or [{}])[0] if not about(name).get("defaults", True) else {}
     changes: dict[str, Any] = {
         "adapter": {"name": name, **row, **about(name).get("options", {})}, "steps": STEPS, "checkpoint_every": 2,
-        "precision": "float64", "general_data": {"name": "files", "path": str(qa_file), "holdout": 20},
+        "precision": "float64", "general_data": {"name": "files", "path": str(general)},
         "eval_samples": 2, "max_new_tokens": 4, **about(name).get("run", {}),
     }  # fmt: skip
     train(tiny_model, qa_file, out, **changes)

@@ -1,4 +1,4 @@
-"""Promises of every adapter that no architecture changes: which base it takes, one start for a seed, attached once."""
+"""Promises of every adapter that no architecture changes: which files and bases it takes, one start, attached once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from conformance.adapters import MODELS, QUIET, attach, build, calibration, cases, keep_or_skip, snapshot
+from conformance.adapters import MODELS, QUIET, attach, build, calibration, cases, keep_or_skip, logits, snapshot
 from hone.errors import HoneError
 
 pytestmark = [pytest.mark.parametrize(("name", "options", "kind"), cases(once=True)), *QUIET]
@@ -37,3 +38,39 @@ def test_attaching_twice_is_refused(name: str, options: dict[str, Any], kind: st
     adapter, model = attach(name, options, kind)
     with pytest.raises(HoneError, match="already"):
         copy.copy(adapter).attach(model, calibration(model))
+
+
+def test_loading_is_strict(name: str, options: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    adapter, model = attach(name, options, kind)
+    adapter.save(model, tmp_path, base="")
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = load_file(file)
+    key = next((key for key in whole if ".0." in key or ".1." in key), next(iter(whole)))
+    bare = key.removeprefix("base_model.model.")
+    plain = bare.rpartition(".")[0].removesuffix(".lora_A") or bare  # the layer, or the tensor
+    for broken, word in (
+        ({k: v for k, v in whole.items() if k != key}, plain),
+        ({**whole, "base_model.model.stray.weight": torch.zeros(2)}, "stray"),
+        ({**whole, key: torch.zeros(3, 3, 3, dtype=torch.float64)}, plain),
+    ):
+        save_file(broken, file, metadata={"format": "pt"})
+        fresh = MODELS[kind]()
+        with pytest.raises(HoneError, match=word.replace(".", r"\.")):
+            build(name, options, fresh).load(fresh, tmp_path)
+
+
+def test_strip_leaves_the_plain_model(name: str, options: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    adapter, model = attach(name, options, kind)
+    if adapter.unmergeable:
+        with pytest.raises(HoneError, match="cannot be merged"):
+            adapter.strip(model)
+        return
+    adapted = logits(model)
+    adapter.strip(model)
+    plain = MODELS[kind]()
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
+    assert not adapter.trainable(model)
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-10)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()  # type: ignore[attr-defined]
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-12)

@@ -149,6 +149,46 @@ def test_a_claim_is_due_again_when_its_code_has_changed(verified: Outcome, home:
     assert not due()
 
 
+def test_a_recheck_keeps_what_one_seed_gives_again(verified: Outcome, home: Path) -> None:
+    lora = home / "hone" / "adapters" / "lora.py"
+    before, kept = lora.read_text(), stored(LESS)
+    lora.write_text(
+        before.replace("    def delta(self) -> Tensor:", "    extra = 1\n\n    def delta(self) -> Tensor:", 1)
+    )
+    forget()
+    said = verify(LESS, "--recheck")
+    assert said.status == 0 and f"{LESS}: as before" in said.out and "1 of 1 stale results stand" in said.out
+    now = stored(LESS)
+    assert now["source"] != kept["source"] and now["checks"] == kept["checks"] and now["date"] == kept["date"]
+    assert now["rechecked"]["seed"] == 0 and now["rechecked"]["measured_with"] == kept["source"]
+    assert "0 claims run, 1 up to date" in verify(LESS, "--stale").out
+    assert not list((home / "runs" / "cells").rglob("*.safetensors"))
+
+    lora.write_text(before)  # stale once more, and a figure that did not come from this code
+    forget()
+    now["sides"]["method"]["values"]["loss"][0] *= 1.1
+    path = Path("found", f"{LESS}.json")
+    path.write_text(json.dumps(now))
+    said = verify(LESS, "--recheck")
+    assert f"{LESS}: differs" in said.out and "LoRA: loss was" in said.out and "hone verify --stale" in said.out
+    assert json.loads(path.read_text()) == now
+    path.write_text(json.dumps(kept))
+    assert "0 of 0 stale results stand" in verify(LESS, "--recheck").out
+
+
+def test_a_recheck_answers_the_question_that_was_asked_and_no_other(verified: Outcome, home: Path) -> None:
+    path = Path("found", f"{LESS}.json")
+    kept = path.read_text()
+    for key, value, what in (
+        ("seeds", [0, 1, 2], "the number of seeds has changed"),
+        ("recipe", {"steps": 1}, "the recipe has changed"),
+        ("checks", [], "the checks have changed"),
+    ):
+        path.write_text(json.dumps({**json.loads(kept), "source": "an older one", key: value}))
+        assert what in verify(LESS, "--recheck").out
+    path.write_text(kept)
+
+
 def test_contradicted_claims_are_findings_and_share_the_cells_of_others(verified: Outcome, home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "runs" / "cells").rglob("*") if path.is_file()}
     said = verify("lora.trains-more-here")

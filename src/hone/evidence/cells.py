@@ -23,6 +23,7 @@ from hone.recipe import DATA_FIELDS, Recipe
 Task = Literal["run", "measure"]
 _NO_MATTER = ("out", "name", "about", "trackers", "keep", "checkpoint_every")  # what changes no figure of a run
 OUT_OF_MEMORY = "out of memory"
+TO_READ = "model to read"  # what a cell keeps until its claim has read it
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Job:
         label: what it is, for people.
         recipe: what it runs.
         folder: where it lies: cell.json, log.txt, then run/ or measure.json, or failure.json.
-        keeps: what stays of a finished run besides its figures: "model" or nothing.
+        keeps: what stays of a finished run besides its figures: "model", `TO_READ` or nothing.
     """
 
     task: Task
@@ -69,7 +70,8 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether there is nothing left to compute."""
-        return bool(self.failure()) or self.result() is not None
+        read = self.task == "run" and self.keeps == TO_READ and not any(self.run.glob("**/model"))
+        return bool(self.failure()) or (self.result() is not None and not read)
 
     def prepare(self) -> None:
         """Write down what is to be computed, for the process that does it."""
@@ -113,7 +115,7 @@ class Store:
             task: "run" or "measure".
             recipe: what it runs.
             label: what it is, for people; only the first one to compute a cell names its folder.
-            keeps: "model", or "" to keep the figures alone.
+            keeps: "model", `TO_READ`, or "" to keep the figures alone.
             also: anything else that the figures depend on, such as the number of threads of a timing.
         """
         key = content_key(recipe, f"{task}:{keeps}:{also}")

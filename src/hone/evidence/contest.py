@@ -118,6 +118,11 @@ class Entrant:
         """Optimizer steps of its runs, or those that the first of them has taken."""
         return self.steps or next((int(found["steps"]) for found in self.figures.values()), None)
 
+    @property
+    def failure(self) -> str:
+        """Why it is out or the first of its runs failed, "" when neither."""
+        return next((text for text in (self.reason, *self.failures.values()) if text), "")
+
     def fields(self, budget: Budget, settings: Settings, seed: int) -> dict[str, Any]:
         """Return what a run of this variant sets beyond its recipe.
 
@@ -152,7 +157,7 @@ class Contest:
             store: where cells lie.
             pool: what computes them.
             display: says how it goes.
-            keeps: what stays of the compared runs besides their figures: "model" or nothing.
+            keeps: what stays of the compared runs besides their figures: "model", `TO_READ` or nothing.
             retry: compute cells again that failed before.
             alone: compute one cell at a time.
         """

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,17 @@ def render(template: str, **values: Any) -> str:
         template: name of a template of this folder that extends page.html.
         values: what it shows; `figures` are drawn by the script.
     """
-    environment = Environment(
+    drawn = {"figures": plain(values.pop("figures")), "plotly": get_plotlyjs()}
+    return _environment().get_template(template).render(generator=generator(template), **drawn, **values)
+
+
+@cache
+def _environment() -> Environment:
+    """Return what compiles the templates, once: that takes 0.2 s, and every stage and comparison writes pages."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    drawn = {"figures": plain(values.pop("figures")), "plotly": get_plotlyjs()}
-    return environment.get_template(template).render(generator=generator(template), **drawn, **values)
 
 
 def generator(template: str) -> str:

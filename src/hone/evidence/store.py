@@ -95,7 +95,9 @@ class Evidence:
         seconds = f"{record['seconds']:.0f} s" if record.get("seconds") is not None else ""
         known = record.get("versions") or {}
         versions = [f"{name} {known[name]}" for name in ("hone", "torch", "transformers") if name in known]
-        return ", ".join(filter(None, [record.get("date"), record.get("machine"), seconds, *versions]))
+        again = record.get("rechecked")
+        looked = f"seed {again['seed']} gave the same with later code on {again['date']}" if again else ""
+        return ", ".join(filter(None, [record.get("date"), record.get("machine"), seconds, *versions, looked]))
 
     def text(self) -> list[str]:
         """Return the result as lines for a terminal."""

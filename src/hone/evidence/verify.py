@@ -17,12 +17,12 @@ from hone.errors import HoneError, nearest
 from hone.evidence import claims, source
 from hone.evidence.budget import Budget
 from hone.evidence.cells import Store
-from hone.evidence.claims.base import REGISTRY, Check, Claim, Side, Trial
-from hone.evidence.contest import LEVEL, Comparison, Contest, Entrant
+from hone.evidence.claims.base import REGISTRY, Check, Claim
+from hone.evidence.contest import LEVEL, Contest, Entrant
 from hone.evidence.pool import Interrupted, Pool
 from hone.evidence.statistics import judge, paired
 from hone.evidence.store import RESULTS, VERDICTS
-from hone.evidence.variants import Variant, changed
+from hone.evidence.trials import run_sides
 from hone.files import write_whole
 
 
@@ -64,6 +64,18 @@ def results_folder() -> Path:
     return RESULTS.resolve() if in_project else Path("evidence")
 
 
+def stored_result(one: Claim, folder: Path) -> dict[str, Any]:
+    """Return the stored result of a claim, empty without one; a trial that failed has none.
+
+    Args:
+        one: the claim.
+        folder: where results lie.
+    """
+    path = folder / one.file
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {} if kept.get("verdict") == "failed" else kept
+
+
 def is_stale(one: Claim, folder: Path) -> bool:
     """Return whether a claim has no result for the code as it is; one that failed has none.
 
@@ -71,11 +83,8 @@ def is_stale(one: Claim, folder: Path) -> bool:
         one: the claim.
         folder: where results lie.
     """
-    path = folder / one.file
-    if not path.exists():
-        return True
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return kept.get("verdict") == "failed" or kept.get("source") != source.current(one.kind, one.part, one.name)
+    kept = stored_result(one, folder)
+    return not kept or kept.get("source") != source.current(one.kind, one.part, one.name)
 
 
 def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path) -> dict[str, Any]:
@@ -94,23 +103,13 @@ def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path
     began = time.monotonic()
     scratch.mkdir(parents=True, exist_ok=True)
     trial = one.make(scratch)
-    sides = (_variant(trial, trial.baseline), _variant(trial, trial.method))
-    comparison = Comparison(
-        name=one.id, variants=sides, seeds=trial.seeds, budget=Budget.read(trial.budget), tune=trial.tune,
-        metric=trial.metric if trial.tune else "",
-    )  # fmt: skip
-    keeps = "" if trial.figures is None else "model"  # what the claim reads itself may be the model
-    contest = Contest(comparison, store, pool, display, keeps=keeps, alone=trial.alone, retry=True)
-    contest.run(lambda: None)
-    contest.collect()
+    budget = Budget.read(trial.budget)
+    contest = run_sides(
+        trial, (trial.baseline, trial.method), store, pool, display, seeds=trial.seeds, budget=budget, tune=trial.tune
+    )
     baseline, method = contest.entrants
-    for entrant in (baseline, method):
-        _further(entrant, trial)
-    if trial.figures is not None:
-        for job in (*baseline.jobs.values(), *method.jobs.values()):
-            job.drop_models()
     checks = [_checked(check, baseline, method, contest) for check in trial.checks]
-    failure = next((text for e in (baseline, method) for text in (e.reason, *e.failures.values()) if text), "")
+    failure = baseline.failure or method.failure
     usable = all(row["verdict"] for row in checks)
     verdict = max((row["verdict"] for row in checks), key=VERDICTS.index) if usable else "failed"
     return {
@@ -118,22 +117,10 @@ def verify(one: Claim, store: Store, pool: Pool, display: Display, scratch: Path
         "paper": None if trial.paper is None else {"title": trial.paper[0], "id": trial.paper[1]},
         "verdict": verdict, "reason": failure, "checks": checks, "seeds": contest.seeds,
         "sides": {"baseline": _side(baseline, contest), "method": _side(method, contest)},
-        "budget": comparison.budget.plain(), "tune": dict(trial.tune), "recipe": dict(trial.recipe),
+        "budget": budget.plain(), "tune": dict(trial.tune), "recipe": dict(trial.recipe),
         "seconds": round(time.monotonic() - began, 1), "machine": machine(), "versions": versions(),
         "source": source.current(one.kind, one.part, one.name), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-
-
-def _variant(trial: Trial, side: Side) -> Variant:
-    settings = dict(side.settings)
-    return Variant(side.label, changed(trial.recipe, settings), settings)
-
-
-def _further(entrant: Entrant, trial: Trial) -> None:
-    """Add the figures that the claim reads from the run folders itself."""
-    if trial.figures is not None:
-        for seed, found in entrant.figures.items():
-            found.update(trial.figures(entrant.jobs[seed].run))
 
 
 def _checked(one: Check, baseline: Entrant, method: Entrant, contest: Contest) -> dict[str, Any]:
@@ -194,7 +181,7 @@ def verify_command(
         except Interrupted:
             display.say("stopped; finished runs are kept, and the same command goes on")
             raise SystemExit(130) from None
-        _write(folder / one.file, record)
+        write(folder / one.file, record)
         records.append(record)
         lines += summary(record)
         display.say("\n".join(summary(record)))
@@ -207,10 +194,16 @@ def _retell(one: Claim, folder: Path) -> None:
     path = folder / one.file
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if record and {**record, **one.about()} != record:
-        _write(path, {**record, **one.about()})
+        write(path, {**record, **one.about()})
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Store the result of a claim.
+
+    Args:
+        path: its file.
+        record: what it holds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
