@@ -2,7 +2,7 @@
 
     python bench/family.py [--jobs N] [--out docs/evidence/compare-adapters.json] [--count]
 
-The shipped model learns to sort in 40 steps (the claims' task SORT, so that cells are shared with the claims). Every
+The shipped model learns to sort in 40 steps (the claims' task SORT). Every
 adapter tries the same four learning rates (ten times those where few numbers train) on a seed of its own and then runs
 on five paired seeds at its best. Sizes are chosen so that each trains about as many numbers as LoRA of rank 8 does,
 175,104; those that cannot show it by their count. `--count` prints the counts alone.

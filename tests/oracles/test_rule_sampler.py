@@ -90,7 +90,7 @@ def test_ending_wins_in_the_end():
 
 def test_tokens_are_known_by_their_text_in_every_kind_of_vocabulary():
     assert token_shifts(Words("I", "\u2581I", "<0x0A>", "a"), SHIFTS) == {0: -5.0, 1: -5.0, 2: 1.0}
-    assert token_shifts(Words("\u0120\u0120", "\u010a", "\u0120should"), SHIFTS) == {0: 1.0, 1: 1.0, 2: -6.0}
+    assert token_shifts(Words("\u0120\u0120\u0120", "\u010a", "\u0120should"), SHIFTS) == {0: 1.0, 1: 1.0, 2: -6.0}
     assert len(SHIFTS) == 15
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -64,8 +65,10 @@ class EarlyStop(Callback):
         value = float(row[self.metric])
         larger = self.mode == "max" or (self.mode == "auto" and not lower_is_better(self.metric))
         gain = 0.0 if self.best is None else (value - self.best if larger else self.best - value)
-        if self.best is None or gain > self.min_delta:
+        if math.isfinite(value) and (self.best is None or gain > self.min_delta):
             self.best, self.waited = value, 0
+            return
+        if self.best is None:  # nothing to beat yet: an untrained generator may draw what has no distance
             return
         self.waited += 1
         if self.waited >= self.patience:

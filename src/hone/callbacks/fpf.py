@@ -222,6 +222,8 @@ class FPF(Callback):
 
     def _phase(self, run: Run) -> float:
         """Train the sensitive modules on the buffer; return the mean loss of the last step."""
+        if not self.seen and run.step > self.since:  # phases come before the first window has ended
+            self._measure(run)
         scores = self.scores(run)
         chosen = self.chosen(scores, run.trainable)
         self._record(run, scores, {name for name, _ in chosen})

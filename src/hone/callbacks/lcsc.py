@@ -108,6 +108,7 @@ class LCSC(Callback):
     parents: Count = 10
     mutation: Annotated[float, Field(gt=0)] = 0.5
     checkpoints: list[dict[str, Tensor]] = field(init=False, default_factory=list, repr=False)
+    newest: int = field(init=False, default=-1)  # step of the last checkpoint
     coefficients: list[float] = field(init=False, default_factory=list)
 
     def conflicts(self, recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -134,14 +135,20 @@ class LCSC(Callback):
         """Keep the weights when it is time, and after the last step."""
         every = self.every or max(1, run.total // self.kept)
         if run.step % every == 0 or run.step == run.total:
-            self.checkpoints.append({
-                name: weight.detach().to(wide_dtype(weight), copy=True) for name, weight in run.trainable
-            })  # fmt: skip
-            del self.checkpoints[: -self.kept]
+            self._keep(run)
+
+    def _keep(self, run: Run) -> None:
+        self.newest = run.step
+        self.checkpoints.append({
+            name: weight.detach().to(wide_dtype(weight), copy=True) for name, weight in run.trainable
+        })  # fmt: skip
+        del self.checkpoints[: -self.kept]
 
     @torch.no_grad()
     def on_end(self, run: Run) -> None:
         """Search for the best combination, and give it to the model."""
+        if self.newest != run.step and not self.coefficients:  # it ended early
+            self._keep(run)
         if len(self.checkpoints) < 2 or run.loader is None:
             return
         score = self.scorer(run)
@@ -193,7 +200,7 @@ class LCSC(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the checkpoints."""
-        return {"checkpoints": [dict(kept) for kept in self.checkpoints]}
+        return {"checkpoints": [dict(kept) for kept in self.checkpoints], "newest": self.newest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state.
@@ -201,4 +208,4 @@ class LCSC(Callback):
         Args:
             state: as `state_dict` returned it.
         """
-        self.checkpoints = [dict(kept) for kept in state["checkpoints"]]
+        self.checkpoints, self.newest = [dict(kept) for kept in state["checkpoints"]], state["newest"]

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hone.callbacks.base import Callback
-from hone.engine.sharding import copy_into
+from hone.engine.sharding import copy_into, whole
 from hone.parts import part
 from hone.precision import wide_dtype
 
@@ -155,10 +155,11 @@ class PostHocEMA(Callback):
         """Give the wanted mean to the model, and write the others."""
         if not self.updates:
             return
-        if run.folder is not None and run.cluster.main:
-            for length in self.also:
-                made = {name: t.contiguous().cpu() for name, t in self.mean_of(length).items()}
-                run.folder.write(f"ema/{length:g}.safetensors", save(made))
+        for length in self.also:
+            made = whole(self.mean_of(length), keep=run.cluster.main)  # all processes hold their shares
+            if run.cluster.main and run.folder is not None:
+                written = {name: t.contiguous().cpu() for name, t in made.items()}
+                run.folder.write(f"ema/{length:g}.safetensors", save(written))
         made = self.mean_of(self.length)
         for name, weight in run.trainable:
             weight.copy_(made[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -62,7 +62,7 @@ class FID(Distance):
     """
 
     most: Annotated[int, Field(ge=2)] = 50_000
-    features: int = 2048
+    features: Literal[64, 192, 768, 2048] = 2048
 
     def __call__(self, generated: Tensor, real: Tensor) -> float:
         """Return the distance of (N, C, H, W) generated from (M, C, H, W) real images of 1 or 3 channels.

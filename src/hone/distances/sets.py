@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.distances.base import Distance
+from hone.errors import HoneError
 from hone.parts import part
 
 
@@ -31,7 +32,8 @@ class Energy(Distance):
             real: (M, d) float64.
         """
         across = torch.cdist(generated, real).mean()
-        return math.sqrt(max(0.0, float(2 * across - _within(generated) - _within(real))))
+        squared = float(2 * across - _within(generated) - _within(real))
+        return math.sqrt(max(0.0, squared)) if math.isfinite(squared) else math.nan  # a diverged model is not at 0
 
 
 def _within(rows: Tensor) -> Tensor:
@@ -177,6 +179,11 @@ class Neighbourhood(Distance):
             rows: (N, d) float64.
             others: (M, d) float64, the set.
         """
+        if len(others) <= self.neighbours:
+            raise HoneError(
+                f"precision and recall look at the {self.neighbours} nearest of a set, which needs more than "
+                f"{self.neighbours} arrays; there are {len(others)}: raise eval_samples or lower `neighbours`"
+            )
         radius = torch.cdist(others, others).kthvalue(self.neighbours + 1, dim=1).values  # the first is the row itself
         return float((torch.cdist(rows, others) <= radius).any(dim=1).double().mean())
 

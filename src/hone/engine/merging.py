@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hone import options
@@ -53,9 +53,7 @@ class Weights:
         self.folder, self.label = folder, label
         self.files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            if path.name == EXTRAS_FILE:
-                continue
+        for path in weight_files(folder):
             try:
                 file = open_files.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:
@@ -66,9 +64,30 @@ class Weights:
         if not self.files:
             raise ModelError(f"'{label}' has no weights in safetensors")
 
+    def extras(self) -> dict[str, Tensor]:
+        """Return what an objective has put beside the model, such as a head; nothing where there is none."""
+        path = self.folder / EXTRAS_FILE
+        return load_file(path) if path.is_file() else {}
+
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         return self.files[name].get_tensor(name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a model's weights: what its index lists, else model.safetensors, else all but a head's.
+
+    A folder may hold the same weights twice, as in Mistral's `consolidated.safetensors`.
+
+    Args:
+        folder: a model in Hugging Face format.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(listed))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(p for p in folder.glob("*.safetensors") if p.name != EXTRAS_FILE)
 
 
 @contextmanager
@@ -166,6 +185,8 @@ def merge_models(models: Sequence[str], base: str | None, merger: Merger, out: P
         merged = ((name, _merged(name, merger, start, others)) for name in weights[0].shapes)
         count, dtype = _write(merged, staging)
         _write_settings(others[0].folder, staging, dtype)
+        if heads := _merged_extras(merger, start, others):
+            save_file(heads, staging / EXTRAS_FILE, metadata={"format": "pt"})
         record = {
             "merger": {"name": merger.name, **asdict(merger)}, "base": base, "models": list(models),
             "parameters": count,
@@ -184,6 +205,28 @@ def _merged(name: str, merger: Merger, base: Weights | None, models: Sequence[We
     if unlike is not None:
         raise ModelError(f"'{name}' holds whole numbers, which differ between '{models[0].label}' and '{unlike.label}'")
     return tensors[0]
+
+
+def _merged_extras(merger: Merger, base: Weights | None, models: Sequence[Weights]) -> dict[str, Tensor]:
+    """Return the merged heads of models that all have the same; nothing where none has one.
+
+    Raises:
+        ModelError: some have a head and others none, or another one: it cannot be left out in silence.
+    """
+    found = [model.extras() for model in models]
+    shapes = [{name: tensor.shape for name, tensor in extras.items()} for extras in found]
+    start = {} if base is None else base.extras()
+    unlike = next((model for model, own in zip(models, shapes, strict=True) if own != shapes[0]), None)
+    if unlike is None and found[0] and base is not None and start.keys() != found[0].keys():
+        unlike = base
+    if unlike is not None:
+        raise ModelError(
+            f"'{models[0].label}' and '{unlike.label}' have different heads beside the model ({EXTRAS_FILE}), such as "
+            "a classifier's, which cannot be merged; take that file away to merge the models alone"
+        )
+    return {
+        name: merger.merge(name, start.get(name), [extras[name] for extras in found]).contiguous() for name in found[0]
+    }
 
 
 def _write(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> tuple[int, torch.dtype]:

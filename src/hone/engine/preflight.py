@@ -99,6 +99,11 @@ def preflight(recipe: Recipe, display: Display) -> Rehearsal:
     Raises:
         HoneError: a launcher started several processes.
     """
+    if recipe.stages:
+        display.say(
+            f"note: only the first of {len(recipe.stages)} stages is rehearsed; time and memory are its own",
+            style="yellow",
+        )
     recipe, bench = _assembled(recipe, display)
     text = bench.run.model.medium == "text"
     shown = [bench.run.model.renderer.show(tree) for tree in _first(bench, 3)] if text else []

@@ -246,7 +246,9 @@ def _before(results: list[dict[str, Any]], stages: list[Recipe]) -> dict[str, An
     first, last = results[0]["before"], results[-1]["before"]
     data = [stage.eval_data or stage.data for stage in stages[: len(results)]]
     if any(one != data[0] for one in data):
-        return last
+        same = "general_loss" in first and "general_loss" in last
+        same = same and stages[0].general_data == stages[len(results) - 1].general_data
+        return {**last, **({"general_loss": first["general_loss"]} if same else {})}  # forgetting is that of all stages
     alike = all(stage.objective == stages[0].objective for stage in stages[: len(results)])
     return {
         name: first.get(name, value) if alike or name == "general_loss" or parts.find("metric", name) else value

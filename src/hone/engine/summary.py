@@ -52,11 +52,11 @@ def _answers(path: Path) -> list[str]:
     rows = [row for folder in folders for row in RunFolder(folder).rows("samples.jsonl")]
     if not rows:
         return []
-    first = {row["where"]: row for row in reversed(rows)}
+    first = {(row["where"], row["prompt"]): row for row in reversed(rows)}  # sources of a mixture share places
     lines = []
     for row in [row for row in rows if row["step"] == rows[-1]["step"]][-SHOWN:]:
         lines.append(f"--- {row['prompt'].strip()}")
-        for label, one in (("before", first[row["where"]]), ("after", row)):
+        for label, one in (("before", first[row["where"], row["prompt"]]), ("after", row)):
             mark = {None: "", 0.0: " (wrong)", 1.0: " (right)"}.get(one.get("accuracy"), "")
             text = one["answer"].strip().replace("\n", "\n    ")
             lines.append(f"  {label}{mark}:\n    {text[:400] or '(nothing)'}")

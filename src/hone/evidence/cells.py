@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import re
 import shutil
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hone import options as opt
+from hone.engine.folder import RunFolder, stage_folders
 from hone.errors import HoneError
 from hone.evidence import source
 from hone.files import write_whole
@@ -124,9 +128,10 @@ class Store:
         if job.folder.exists() or keeps == "model":
             return job
         fuller = self._find(content_key(recipe, f"{task}:model:{also}"))  # a finished run that kept more serves as well
-        if fuller is not None and (other := Job(task, label, recipe, fuller, "model")).result() is not None:
-            return other
-        return job
+        other = None if fuller is None else Job(task, label, recipe, fuller, "model")
+        if other is None or other.result() is None or (keeps and not any(other.run.glob("**/model"))):
+            return job
+        return other
 
     def _find(self, key: str) -> Path | None:
         return next(self.root.glob(f"*-{key}"), None)
@@ -146,7 +151,7 @@ def content_key(recipe: Recipe, also: str = "") -> str:
     for stage in recipe.staged():
         parts.update((kind, opt.split_spec(kind, spec)[0]) for kind, spec in stage.named())
         data += [stage.build(name).fingerprint() for name in DATA_FIELDS if getattr(stage, name) is not None]
-        models.append(_model_state(stage))
+        models += [_model_state(stage), _others(stage)]
     torch = importlib.metadata.version("torch")
     content = [plain, sorted(parts), data, models, source.run_hash(sorted(parts)), torch, also]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -156,6 +161,8 @@ def _model_state(recipe: Recipe) -> list[Any]:
     """Return names, sizes and times of the files of the starting model: hashing many gigabytes takes too long."""
     from hone.text.loading import shipped_base
 
+    if opt.split_spec("model", recipe.model)[0] == "merged":  # its name is a hash of what is merged
+        return [recipe.build("model").path]
     if "stage:" in json.dumps(recipe.model):  # what an earlier stage will have made of the models of others here
         return [recipe.model]
     path = getattr(recipe.build("model"), "path", "")
@@ -165,6 +172,28 @@ def _model_state(recipe: Recipe) -> list[Any]:
     if path == "base":  # an installation gives its files new times
         return [hashlib.sha256((folder / "record.json").read_bytes()).hexdigest()]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.iterdir())]
+
+
+def _others(recipe: Recipe) -> list[Any]:
+    """Return names, sizes and times of the files of other models that a recipe names: rewards, teachers, evaluators."""
+    named = {name: value for name, value in recipe.plain().items() if name not in (*DATA_FIELDS, "model", "out")}
+    found: list[Any] = []
+    for text in sorted(set(_texts(named))):
+        path = Path(text).expanduser()
+        if os.sep not in text and not (path / "config.json").is_file() and not (path / "recipe.yaml").is_file():
+            continue  # a word that happens to be a folder's name here
+        path = path / "model" if (path / "recipe.yaml").is_file() else path
+        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+        found += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every string in a nested value that could be a path."""
+    if isinstance(value, str) and 0 < len(value) < 4096 and "\n" not in value and "\0" not in value:
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+        yield from _texts(inner)
 
 
 def values(job: Job, flops: float | None) -> dict[str, float]:
@@ -199,6 +228,20 @@ def values(job: Job, flops: float | None) -> dict[str, float]:
     return found
 
 
+def judged(job: Job, metric: str) -> int:
+    """Return how many held-out samples a share is a mean over: answers that the metric judged, else what was held out.
+
+    Args:
+        job: a finished run.
+        metric: its name.
+    """
+    folder = RunFolder((stage_folders(job.run) or [job.run])[-1])
+    rows = list(folder.rows("samples.jsonl"))
+    answered = [row for row in rows if row["step"] == rows[-1]["step"] and row.get(metric) is not None]
+    counts = folder.json("manifest.json").get("data", {}).get("eval", {}).get("counts") or {}
+    return len(answered) or int(counts.get("kept") or 0)
+
+
 def work(folder: Path, threads: int) -> None:
     """Compute a prepared cell in this process; a failure is written down, not raised.
 
@@ -210,7 +253,11 @@ def work(folder: Path, threads: int) -> None:
 
     torch.set_num_threads(threads)
     with (folder / "lock").open("w") as lock:  # two comparisons may want the same cell: the second finds it done
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
         _work(folder)
 
 

@@ -13,6 +13,7 @@ from hone.evidence.budget import Budget
 from hone.evidence.claims.tasks import GENERAL
 from hone.evidence.compare import compare, table
 from hone.evidence.contest import Comparison
+from hone.evidence.layout import sampling
 from hone.evidence.pool import LocalPool, Pool
 from hone.evidence.variants import Settings, expand, read_settings
 from hone.recipe import Recipe
@@ -96,7 +97,7 @@ def run_comparison(request: Request) -> tuple[dict[str, Any], list[str]]:
     if result["status"] != "finished":
         return result, [*lines, "", f"stopped; finished runs are kept. Go on with:  {comparison.command}"]
     cells = [next(iter(row["cells"].values())) for row in result["variants"] if row["status"] == "finished"]
-    following = [f"  hone sample {cells[0]} --prompt '...'"] if cells else []
+    following = [f"  {sampling(cells[0])}"] if cells else []
     following += [f"  hone report {' '.join(cells)}"] if len(cells) > 1 else []
     return result, [*lines, "", f"report: {result['report']}", "next:", *following]
 

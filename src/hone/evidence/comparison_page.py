@@ -34,6 +34,7 @@ from hone.evidence.layout import (
     quantity,
     render,
     said,
+    sampling,
     scaled,
     share,
     title,
@@ -93,7 +94,7 @@ def contents(result: dict[str, Any], home: Path) -> dict[str, Any]:
         "axes": {axis: AXES[axis] for axis in axes(drawn)}, "curves_note": _curves_note(drawn),
         "trials": trials(result, variants),
         "tuned": next(iter(result["tune"])) if len(result.get("tune") or {}) == 1 else "settings",
-        "metric": title(result["metric"]),
+        "metric": title(next((t["metric"] for v in variants for t in v.record.get("trials", [])), result["metric"])),
         "settings": _settings(variants), "recipe": _recipe(best or variants[0]) if variants else None,
         "environment": _environment(result), "next": _next(result, variants, best),
     }  # fmt: skip
@@ -199,15 +200,18 @@ def _facts(result: Mapping[str, Any], variants: Sequence[Variant]) -> list[dict[
     trial_count = max((len(v.record.get("trials", [])) for v in variants), default=0)
     facts = [
         ("recipe", result["recipe"], ""), ("varied", ", ".join(varied) or "nothing", f"{len(variants)} variants"),
-        ("equal budget", _budget(result["budget"]), "for every variant and seed"),
+        ("equal budget", _budget(result["budget"], variants), "for every variant and seed"),
         ("seeds", str(len(seeds)), ", ".join(seeds)),
         ("tuned for each variant", ", ".join(tune) or "nothing", f"{trial_count} trials each" if tune else ""),
     ]  # fmt: skip
     return [{"label": label, "value": str(value), "note": note} for label, value, note in facts]
 
 
-def _budget(budget: Mapping[str, Any]) -> str:
+def _budget(budget: Mapping[str, Any], variants: Sequence[Variant]) -> str:
     kind, amount = budget["kind"], budget["amount"]
+    various = len({v.record.get("steps") for v in variants} - {None}) > 1 or not amount
+    if kind == "steps" and various:
+        return "as many steps as each recipe says"
     words = {"steps": f"{amount:,.0f} steps", "seconds": clock(amount), "flops": f"{scaled(amount)} FLOPs"}
     return words.get(kind, f"{scaled(amount)} {kind}")
 
@@ -347,8 +351,9 @@ def _next(result: Mapping[str, Any], variants: Sequence[Variant], best: Variant 
     if best is not None:
         chosen = {**best.record.get("settings", {}), **(best.record.get("tuned") or {})}
         sets = [shlex.quote(together({name: value})) for name, value in chosen.items()]
-        own = next((path for path in (best.record.get("cells") or {}).values()), None)
-        commands += [f"hone sample {shlex.quote(own)} --prompt '...'"] if own else []
+        failed = {str(one["seed"]) for one in best.record.get("failures") or []}
+        own = next((path for seed, path in (best.record.get("cells") or {}).items() if seed not in failed), None)
+        commands += [sampling(own)] if own else []
         recipe = f"{own}/recipe.yaml" if own else str(result["recipe"])  # of a cell, which has all that was set
         more = ["--set out=null"] if own else [f"--set {text}" for text in sets]
         commands.append(" ".join(["hone run", shlex.quote(recipe), *more]))

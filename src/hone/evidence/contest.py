@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +16,16 @@ from hone import parts
 from hone.engine.progress import Display
 from hone.errors import HoneError, RecipeError, nearest
 from hone.evidence.budget import Budget
-from hone.evidence.cells import Job, Store, values
+from hone.evidence.cells import Job, Store, judged, values
 from hone.evidence.pool import Pool
 from hone.evidence.variants import Settings, Variant, grid, show
-from hone.figures import lower_is_better
+from hone.figures import is_share, lower_is_better
 from hone.recipe import Recipe
 
+log = logging.getLogger(__name__)
 TUNING_SEED = 1_000_003  # apart from the seeds that are compared, so that no variant is chosen on them
 LEVEL = 0.95  # of every interval
+_DEARER = ("batch_tokens", "micro_tokens", "adapter", "model", "data", "precision")  # change what a step costs
 SAVE_SECONDS = 30.0  # of training between checkpoints: what a run loses when its process is killed
 COSTS = ("training_seconds", "tokens_per_second", "peak_memory", "trained", "flops", "tokens", "steps")
 
@@ -63,10 +67,14 @@ class Comparison:
             raise HoneError(f"--baseline: there is no variant '{self.baseline}' ({hint})")
         names = {name for variant in self.variants for name in metric_names(variant.recipe())}
         if self.metric and self.metric not in names and self.metric.partition("@")[0] + "@n" not in names:
-            hint = nearest(self.metric, names) or f"metrics: {', '.join(sorted(names))}"
-            raise HoneError(f"--metric: the runs have no '{self.metric}' ({hint})")
+            _refuse_unknown(self.metric, names)
         if clash := [path for variant in self.variants for path in variant.settings if path in self.tune]:
             raise HoneError(f"--tune: {clash[0]} is varied already; a setting is either varied or tuned")
+        if self.budget.measured and (costly := [path for path in self.tune if path.partition(".")[0] in _DEARER]):
+            raise HoneError(
+                f"--tune: {costly[0]} changes what a step costs, so that trials under a budget of {self.budget.kind} "
+                "would not be equal; --vary it instead, or give the budget in steps"
+            )
         for variant in self.variants:
             if self.budget.kind != "recipe" and variant.fields.get("stages"):
                 raise HoneError(f"--budget: '{variant.label}' has stages, whose lengths only the recipe can give")
@@ -223,7 +231,9 @@ class Contest:
                 continue
             try:
                 if not entrant.variant.fields.get("stages"):
-                    entrant.steps, entrant.flops = self.comparison.budget.steps(found), found["step_flops"]
+                    entrant.steps = self.comparison.budget.steps(found)
+                    dearer = any(path.partition(".")[0] in _DEARER for path in self.comparison.tune)
+                    entrant.flops = None if dearer else found["step_flops"]  # of the untuned recipe
                     entrant.saves = max(1, round(SAVE_SECONDS / found["step_seconds"]))
             except HoneError as error:
                 entrant.reason = str(error)
@@ -279,7 +289,11 @@ class Contest:
             for seed in self.seeds:
                 fields = entrant.fields(self.comparison.budget, entrant.tuned, seed)
                 label = f"{entrant.variant.label} seed {seed}"
-                entrant.jobs[seed] = self.store.job("run", entrant.variant.recipe(**fields), label, keeps=self.keeps)
+                # A neighbour slows a run down: one that had the machine to itself is another cell.
+                also = f"alone, {self.threads} threads" if self.alone else ""
+                entrant.jobs[seed] = self.store.job(
+                    "run", entrant.variant.recipe(**fields), label, keeps=self.keeps, also=also
+                )
         # Seed by seed: what a comparison has found when it is stopped is as paired as it can be.
         self._compute("running", [entrant.jobs[seed] for seed in self.seeds for entrant in self.going])
 
@@ -287,7 +301,7 @@ class Contest:
         """Read what the runs have found so far."""
         for entrant in self.entrants:
             for seed, job in entrant.jobs.items():
-                if job.done:
+                if job.result() is not None or job.failure():
                     found = self._figures(entrant, job)
                     if isinstance(found, str):
                         entrant.failures[seed] = found
@@ -329,20 +343,17 @@ class Contest:
             self.display.stop()
 
     def metric(self, found: Sequence[Mapping[str, float]]) -> str:
-        """Return the metric that ranks the variants.
+        """Return the metric that ranks the variants; the usual one where no run has the one that was asked for.
 
         Args:
             found: the figures of runs.
-
-        Raises:
-            HoneError: no run has the metric that was asked for.
         """
         names = {name for figures in found for name in figures}
-        if self.comparison.metric and names and self.comparison.metric not in names:
-            hint = nearest(self.comparison.metric, names) or f"metrics: {', '.join(sorted(names))}"
-            raise HoneError(f"--metric: the runs have no '{self.comparison.metric}' ({hint})")
-        if self.comparison.metric:
+        if self.comparison.metric and (self.comparison.metric in names or not names):
             return self.comparison.metric
+        if self.comparison.metric:  # what has been computed is not thrown away for a word
+            hint = nearest(self.comparison.metric, names) or f"they have {', '.join(sorted(names))}"
+            log.warning("--metric: the runs have no '%s' (%s)", self.comparison.metric, hint)
         recipe = self.entrants[0].variant.recipe()
         if _draws(recipe):
             return _fewest(recipe, names) or "loss"
@@ -352,16 +363,16 @@ class Contest:
         return "accuracy" if coming or answered or "loss" not in names else "loss"
 
     def resolution(self, metric: str) -> float:
-        """Return the smallest step of a metric: an accuracy over 100 answers moves by 0.01.
+        """Return the smallest step of a share: an accuracy over 100 answers moves by 0.01.
 
         Args:
             metric: its name.
         """
-        recipe = self.entrants[0].variant.recipe()
-        answered = recipe.eval_samples and metric in [
-            spec if isinstance(spec, str) else spec["name"] for spec in recipe.metrics
-        ]
-        return 1 / recipe.eval_samples if answered else 0.0
+        if not is_share(metric) and parts.find("metric", metric) is None:
+            return 0.0
+        finished = [job for entrant in self.entrants for job in entrant.jobs.values() if job.result() is not None]
+        counts = [count for job in finished if (count := judged(job, metric))]
+        return 1 / min(counts) if counts else 0.0
 
 
 def metric_names(recipe: Recipe) -> set[str]:
@@ -373,9 +384,23 @@ def metric_names(recipe: Recipe) -> set[str]:
     last = recipe.staged()[-1]
     if _draws(last):
         return {"loss", *COSTS, *(f"{name}@n" for name in _distances(last) if last.eval_samples and last.solvers)}
-    judged = {opt.split_spec("metric", spec)[0] for spec in last.metrics} if last.eval_samples else set()
+    objective: Any = parts.load("objective", opt.split_spec("objective", last.objective)[0])
+    answers = last.eval_samples and objective.generates
+    judges = {opt.split_spec("metric", spec)[0] for spec in last.metrics} if answers else set()
     general = set() if last.general_data is None else {"general_loss", "forgetting"}
-    return {"loss", *COSTS, *judged, *general}
+    return {"loss", *COSTS, *judges, *general}
+
+
+def _refuse_unknown(metric: str, names: set[str]) -> None:
+    """Refuse a metric that no run can have; what an objective reports besides, e.g. pair_accuracy, shows in its runs.
+
+    Raises:
+        HoneError: it is a slip of a known name, or judges answers where none are given.
+    """
+    slips = difflib.get_close_matches(metric, names, n=1, cutoff=0.85)
+    if slips or metric in ("general_loss", "forgetting") or parts.find("metric", metric) is not None:
+        hint = f"did you mean '{slips[0]}'?" if slips else f"metrics: {', '.join(sorted(names))}"
+        raise HoneError(f"--metric: the runs have no '{metric}' ({hint})")
 
 
 def _draws(recipe: Recipe) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from plotly.offline import get_plotlyjs
 
+from hone.diffusion.saved import denoiser_folder
 from hone.engine.progress import clock
 
 NONE = "\N{EN DASH}"  # what stands where there is no figure
@@ -46,6 +48,24 @@ def _environment() -> Environment:
 def generator(template: str) -> str:
     """Return the mark that a page of a template carries in its head."""
     return f"hone {template.removesuffix('.html')} page"
+
+
+def draws(run: Path | str) -> bool:
+    """Return whether a run's model draws arrays, which takes no prompts.
+
+    Args:
+        run: its folder.
+    """
+    return denoiser_folder(Path(run) / "model") is not None or any(Path(run).glob("**/samples/*-step-*.png"))
+
+
+def sampling(run: str) -> str:
+    """Return the command that samples from a run.
+
+    Args:
+        run: its folder.
+    """
+    return f"hone sample {shlex.quote(run)} " + ("--samples 64" if draws(run) else "--prompt '...'")
 
 
 def plain(value: Any) -> Any:

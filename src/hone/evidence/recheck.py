@@ -55,13 +55,19 @@ def recheck_command(
         except Interrupted:
             display.say("stopped; what stands is stored, and the same command goes on")
             raise SystemExit(130) from None
+        if stored_result(one, folder) != kept:  # another process has run it meanwhile
+            continue
         if not found:
             records.append(confirmed(one, kept))
             write(folder / one.file, records[-1])
         said = [f"{one.id}: {'as before' if not found else 'differs'}", *(f"  {text}" for text in found)]
         lines += said
         display.say("\n".join(said))
-    again = "" if len(records) == len(due) else f"; run the other {len(due) - len(records)} again: hone verify --stale"
+    again = (
+        ""
+        if len(records) == len(due)
+        else f"; run the other {len(due) - len(records)} again: hone verify {' '.join(names)} --stale"
+    )
     return records, [*lines, f"{len(records)} of {len(due)} stale results stand{again}"]
 
 
@@ -87,7 +93,7 @@ def recheck(
     trial = one.make(scratch)
     if asked := _asks_otherwise(trial, kept):
         return [asked]
-    if clocked := [check.metric for check in trial.checks if check.metric in OF_THE_MACHINE]:
+    if clocked := [check.metric for check in trial.checks if check.metric in (*OF_THE_MACHINE, "flops")]:
         return [f"{clocked[0]} is a figure of the machine, which one run does not show"]
     sides = (_as_stored(trial.baseline, kept, "baseline"), _as_stored(trial.method, kept, "method"))
     contest = run_sides(trial, sides, store, pool, display, seeds=1, budget=Budget(), tune={})
@@ -95,8 +101,12 @@ def recheck(
     for entrant, name in zip(contest.entrants, ("baseline", "method"), strict=True):
         label, failure = entrant.variant.label, entrant.failure
         figures = entrant.figures.get(contest.seeds[0], {})
-        found += [f"{label}: {failure}"] if failure else []
-        found += [f"{label}: {text}" for text in _differences(kept["sides"][name]["values"], figures) if not failure]
+        stored = kept["sides"][name]["values"]
+        failed_before = all(column[0] is None for column in stored.values())
+        if failure:
+            found += [] if failed_before else [f"{label}: {failure}"]
+        else:
+            found += [f"{label}: {text}" for text in _differences(stored, figures)]
     return found
 
 
@@ -122,6 +132,11 @@ def _asks_otherwise(trial: Trial, kept: Mapping[str, Any]) -> str:
         "the baseline": (trial.baseline.settings, stored["baseline"]["settings"]),
         "the method": (trial.method.settings, stored["method"]["settings"]),
         "what is tuned": (trial.tune, kept["tune"]),
+        "what the tuning looks at": (
+            trial.metric if trial.tune else "",
+            next((tried["metric"] for side in stored.values() for tried in side["trials"]), ""),
+        ),
+        "the budget": (Budget.read(trial.budget).plain(), kept["budget"]),
         "the number of seeds": (trial.seeds, len(kept["seeds"])),
         "the checks": (
             [[check.metric, check.text()] for check in trial.checks],
@@ -155,7 +170,10 @@ def _differences(stored: Mapping[str, list[float | None]], figures: Mapping[str,
     found = []
     for metric, column in stored.items():
         then, now = column[0], figures.get(metric)
-        if metric in OF_THE_MACHINE or metric == "flops" or then is None:
+        if metric in OF_THE_MACHINE or metric == "flops":
+            continue
+        if then is None:
+            found += [] if now is None else [f"{metric} was missing and is {now:.6g}"]
             continue
         present = [value for value in column if value is not None]
         width = max(CLOSE * abs(then), 0.01 * (max(present) - min(present)))

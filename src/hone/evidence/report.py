@@ -12,7 +12,7 @@ from hone.engine.folder import RunFolder
 from hone.engine.progress import clock
 from hone.engine.summary import unit
 from hone.evidence.charts import Logs, Trace, Values, figure, read_logs, smooth, stages, steep
-from hone.evidence.layout import heading, render
+from hone.evidence.layout import draws, heading, render
 from hone.figures import is_share
 
 SHOWN_SAMPLES = 12
@@ -44,6 +44,7 @@ def contents(folder: RunFolder) -> dict[str, Any]:
         "figures": _charts(logs, unit(result)),
         "samples": _pairs(logs.answers),
         "pictures": _pictures(folder),
+        "draws": draws(folder.path),
         "asked": sum(1 for answer in logs.answers if answer["step"] == logs.answers[0]["step"]),
         "data": manifest.get("data", {}),
         "facts": _facts(manifest),
@@ -145,10 +146,10 @@ def _pairs(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if not answers:
         return []
     first, last = answers[0]["step"], answers[-1]["step"]
-    before = {row["where"]: row for row in answers if row["step"] == first}
+    before = {(row["where"], row["prompt"]): row for row in answers if row["step"] == first}
     pairs = []
     for row in (row for row in answers if row["step"] == last):
-        old = before.get(row["where"]) if first != last else None
+        old = before.get((row["where"], row["prompt"])) if first != last else None
         pairs.append({"prompt": row["prompt"], "expected": row["expected"], "after": row["answer"],
                       "after_right": row.get("accuracy"), "before": old["answer"] if old else None,
                       "before_right": old.get("accuracy") if old else None})  # fmt: skip

@@ -180,7 +180,14 @@ def _figure(name: str, value: Any) -> dict[str, Any]:
 
 
 def _ends(run: Shown) -> dict[str, tuple[Any, Any]]:
-    """Return the first and the last value of every metric of a run, its loss first."""
+    """Return the first and the last value of every metric of a run, its loss first.
+
+    A finished run says itself what stood before: of stages with different objectives, the losses do not compare.
+    """
+    before, after = run.result.get("before"), run.result.get("after")
+    if before and after and run.result.get("status") == "finished":
+        ends = {name: (before.get(name), value) for name, value in after.items()}
+        return dict(sorted(ends.items(), key=lambda item: item[0] != "loss"))
     found: dict[str, list[Any]] = {}
     for row in run.logs.evaluations:
         for name, value in row.items():

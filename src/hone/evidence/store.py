@@ -108,14 +108,22 @@ class Evidence:
         if rows := self.figures():
             head = ["metric", "side", *(f"seed {seed}" for seed in self.seeds())]
             lines += [f"  {line}" for line in columns([head, *([metric, side, *v] for metric, side, v in rows)])]
-        said = (("finding", self.finding), ("failed", self.reason()))
+        said = (("finding", self.finding), (self.trouble(), self.reason()))
         lines += [f"  {label}: {text}" for label, text in said if text]
         lines += [f"  settings of {label}: {text}" for label, text in self.settings()]
         return [*lines, f"  run: {self.circumstances()}", f"  again: hone verify {self.name}"]
 
     def reason(self) -> str:
-        """Return why the claim could not be tested, "" where it was."""
-        return str(self.record.get("reason") or "") if self.verdict == "failed" else ""
+        """Return why the claim could not be tested, or why some of its runs failed; "" where none did."""
+        return str(self.record.get("reason") or "")
+
+    def trouble(self) -> str:
+        """Return what a reason explains."""
+        if self.verdict == "failed":
+            return "failed"
+        sides = (self.record.get("sides") or {}).values()
+        whole = [all(values) for values in zip(*(_finished(side) for side in sides), strict=False)]
+        return f"some runs failed ({sum(whole)} of {len(self.seeds())} pairs are compared)"
 
 
 def stored(kind: str | None = None, name: str | None = None) -> list[Evidence]:
@@ -158,6 +166,11 @@ def _read(path: Path) -> Evidence:
         raise HoneError(f"{path}: expected a verdict of {', '.join(VERDICTS)}, got {record['verdict']!r}")
     shown = {key: record.get(key) or "" for key in ("kind", "name", "claim", "says", "verdict", "finding")}
     return Evidence(**shown, path=path, record=record)
+
+
+def _finished(side: dict[str, Any]) -> list[bool]:
+    """Return for each seed whether a side has figures of it."""
+    return [any(value is not None for value in column) for column in zip(*side["values"].values(), strict=True)]
 
 
 def _difference(check: dict[str, Any]) -> str:

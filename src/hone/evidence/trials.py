@@ -53,7 +53,8 @@ def run_sides(
             for seed, found in entrant.figures.items():
                 found.update(trial.figures(entrant.jobs[seed].run))
         for job in (job for entrant in contest.entrants for job in entrant.jobs.values()):
-            job.drop_models()
+            if job.keeps == TO_READ:  # a comparison's run, which served as well, keeps its own
+                job.drop_models()
     return contest
 
 

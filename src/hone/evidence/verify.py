@@ -181,7 +181,8 @@ def verify_command(
         except Interrupted:
             display.say("stopped; finished runs are kept, and the same command goes on")
             raise SystemExit(130) from None
-        write(folder / one.file, record)
+        if record["verdict"] != "failed" or not stored_result(one, folder):  # an older result says more than a failure
+            write(folder / one.file, record)
         records.append(record)
         lines += summary(record)
         display.say("\n".join(summary(record)))

@@ -58,7 +58,7 @@ def agreed(deltas: Tensor, weights: Tensor) -> Tensor:
     sign = (shaped * deltas).sum(0).sign()
     positive = torch.where(sign == 0, sign.sum(), sign) > 0
     joined = shaped * torch.where(positive, shaped * deltas > 0, shaped * deltas < 0)
-    total = joined.sum(0)
+    total = joined.abs().sum(0)  # a model of negative weight is led away from, and its sign stays
     return (joined * deltas).sum(0) / torch.where(total == 0, torch.ones_like(total), total)
 
 

@@ -22,7 +22,7 @@ from hone.optimizers.base import Groups, Optimizer, Params
 from hone.parts import part
 
 # Muon and its kin orthogonalise the hidden matrices alone; embeddings and the head go to the AdamW inside them.
-_EDGES = re.compile(r"embed|\bwte\b|\bwpe\b|\blm_head\b")
+_EDGES = re.compile(r"embed|\bwte\b|\bwpe\b|\blm_head\b|^extras\.")
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hone.adapters.layers import Wrapped
+from hone.adapters.scaling import Shifted
+from hone.errors import HoneError
 from hone.parts import part
 from hone.penalties.base import Penalty, Strength
 from hone.precision import wide
@@ -76,7 +78,16 @@ class L1(Penalty):
 
         Args:
             run: the run in progress.
+
+        Raises:
+            HoneError: the adapter is no change of weights.
         """
+        adapter = getattr(run, "adapter", None)
+        reason = getattr(adapter, "unmergeable", "")
+        if not reason and hasattr(getattr(run.model, "hf", None), "peft_config"):
+            reason = "PEFT's layers do not say what they add"
+        if reason:
+            raise HoneError(f"penalty 'l1' is on the change of weights, which this adapter does not offer: {reason}")
         self._changes = list(_changes(run.model))
 
     def close(self) -> None:
@@ -115,7 +126,10 @@ def _changes(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """Yield what returns the change of each adapted layer, and of each parameter that trains outside of those."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Wrapped)}
     for layer in layers.values():
-        yield partial(change_of, layer)
+        if not isinstance(layer, Shifted):  # which leaves the matrix as it is
+            yield partial(change_of, layer)
+        elif layer.added is not None:
+            yield partial(moved, layer.added, torch.zeros_like(layer.added))
     own = {id(p) for layer in layers.values() for name, p in layer.named_parameters() if "base_layer" not in name}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in own:

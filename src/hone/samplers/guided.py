@@ -13,7 +13,7 @@ from hone.errors import ModelError
 from hone.options import Nested
 from hone.parts import part
 from hone.precision import wide
-from hone.samplers.text import greedy, pick
+from hone.samplers.text import greedy, of_tokens, pick
 
 if TYPE_CHECKING:
     from hone.text.generate import History
@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 def guided_scores(base: Tensor, guides: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return log p(v) + sum_i w_i log q_i(v) (N, V), whose softmax is the product of the distributions.
 
+    Models of one family pad their vocabularies to different sizes; what not all of them have is left out.
+
     Args:
         base: (N, V) logits of the model that is guided.
         guides: (N, V) logits of each guide.
         weights: w_i, one for each guide.
     """
-    scores = wide(base).log_softmax(-1)
+    size = min(logits.shape[-1] for logits in (base, *guides))
+    scores = wide(base[:, :size]).log_softmax(-1)
     for guide, weight in zip(guides, weights, strict=True):
-        scores = scores + weight * wide(guide).log_softmax(-1).to(scores)
+        scores = scores + weight * wide(guide[:, :size]).log_softmax(-1).to(scores)
     return scores
 
 
@@ -74,6 +77,9 @@ class GenARM:
         """Yield what is wrong with the weights."""
         if self.weights is not None and len(self.weights) != len(self.guides):
             yield "weights", f"expected a weight for each of {len(self.guides)} guides, got {len(self.weights)}"
+        yield from of_tokens(self.then, "then")
+        if hasattr(self.then, "beside"):
+            yield "then", "expected a sampler that no other model reads along with; put all guides into one genarm"
 
     def beside(self, model: LanguageModel) -> Sequence[LanguageModel]:
         """Return the guides, loaded once, which read along.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from hone.options import Nested
 from hone.parts import part
 from hone.precision import wide
-from hone.samplers.text import greedy, pick
+from hone.samplers.text import greedy, of_tokens, pick, read_along
 
 if TYPE_CHECKING:
     from hone.text.generate import History
+    from hone.text.model import LanguageModel
 
 # What begins formatting or goes on asking is less likely, what formats an answer is likelier.
 SHIFTS = {
-    "<": -4.0, " <": -4.0, "|": -4.0, " I": -5.0, "I": -5.0, " We": -3.0, " What": -5.0, " should": -6.0, " *": 1.0,
-    " -": 1.0, "  ": 1.0, " #": 1.0, " ##": 1.0, "\n": 1.0, "!": 1.0,
+    "<": -4.0, " <": -4.0, "|": -4.0, " I": -5.0, "I": -5.0, " We": -3.0, "What": -5.0, " should": -6.0, " *": 1.0,
+    " -": 1.0, "   ": 1.0, " #": 1.0, " ##": 1.0, "\n": 1.0, "!": 1.0,
 }  # fmt: skip
 _WRITTEN = {"\u2581": " ", "\u0120": " ", "\u010a": "\n", "<0x0A>": "\n"}  # how vocabularies write white space
 
@@ -54,7 +55,7 @@ def rule_scores(
     """
     scores = torch.zeros(len(drawn), vocabulary, dtype=torch.float64)
     for row, (own, before) in enumerate(zip(drawn, seen, strict=True)):
-        known = np.union1d(own, before).astype(np.int64)
+        known = np.setdiff1d(np.union1d(own, before), stop).astype(np.int64)  # a chat template ends turns before
         scores[row, torch.from_numpy(known)] -= repetition
     for token, shift in shifts.items():
         scores[:, token] += shift
@@ -77,7 +78,7 @@ class RuleBased:
     """Pick from the product of the model's distribution and a hand-written one: p(v) q(v), made to sum to 1.
 
     log q(v) = end min(n / length, 1) [v ends an answer] - repetition [v stands in the prompt or the answer] + shift(v)
-    + constant, with n the tokens of the answer so far.
+    + constant, with n the tokens of the answer so far. What ends an answer never counts as seen.
 
     Args:
         end: score of ending an answer of `length` tokens, in nats; it rises to that in a straight line.
@@ -96,6 +97,18 @@ class RuleBased:
     shifts: dict[str, float] = field(default_factory=lambda: dict(SHIFTS))
     then: Annotated[Any, Nested("sampler")] = None
     _ids: dict[int, float] | None = field(default=None, init=False, repr=False)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the sampler inside."""
+        yield from of_tokens(self.then, "then")
+
+    def beside(self, model: LanguageModel) -> Sequence[LanguageModel]:
+        """Return the models that the sampler inside has read along.
+
+        Args:
+            model: the one that answers.
+        """
+        return read_along(self.then, model)
 
     def __call__(self, logits: Tensor, uniforms: Tensor, history: History) -> Tensor:
         """Return (N,) token ids.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from hone.errors import HoneError, nearest
 from hone.options import Nested
 from hone.parts import part
-from hone.samplers.text import greedy, pick
+from hone.samplers.text import greedy, of_tokens, pick, read_along
 from hone.text.template import plain_ids
 
 if TYPE_CHECKING:
     from hone.text.generate import History
+    from hone.text.model import LanguageModel
 
 
 def stopping_logits(logits: Tensor, stop: Tensor, temperature: float) -> Tensor:
@@ -63,6 +65,18 @@ class StopTemperature:
     sampler: Annotated[Any, Nested("sampler")] = None
     _id: int | None = field(init=False, default=None, repr=False)
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield what is wrong with the sampler inside."""
+        yield from of_tokens(self.sampler, "sampler")
+
+    def beside(self, model: LanguageModel) -> Sequence[LanguageModel]:
+        """Return the models that the sampler inside has read along.
+
+        Args:
+            model: the one that answers.
+        """
+        return read_along(self.sampler, model)
+
     def __call__(self, logits: Tensor, uniforms: Tensor, history: History) -> Tensor:
         """Return (N,) token ids for (N, V) `logits`.
 
@@ -79,6 +93,7 @@ class StopTemperature:
             thinking = torch.from_numpy(~(history.tokens == end).any(axis=1)).to(scores.device)
             changed = stopping_logits(scores, torch.tensor([end], device=scores.device), self.stop)
             scores = torch.where(thinking[:, None], changed, scores)
+        scores = scores.float() if logits.device.type == "mps" else scores  # which knows no float64
         return pick(self.sampler or greedy, scores.to(logits.device), uniforms, history)
 
     def _ending(self, history: History) -> int:

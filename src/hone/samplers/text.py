@@ -10,6 +10,7 @@ The filters are pure functions that set the logits of excluded tokens to minus i
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -98,6 +99,28 @@ def pick(sampler: Any, logits: Tensor, uniforms: Tensor, history: Any) -> Tensor
     """
     ids: Tensor = sampler(logits, uniforms, *([history] if getattr(sampler, "looks_back", False) else []))
     return ids
+
+
+def of_tokens(sampler: Any, field: str) -> Iterator[tuple[str, str]]:
+    """Yield that a sampler inside another one does not pick tokens, if so.
+
+    Args:
+        sampler: the one inside, None for the most probable token.
+        field: the option that holds it.
+    """
+    if hasattr(sampler, "choose"):
+        yield field, f"expected a sampler that picks tokens; '{sampler.name}' chooses among whole answers"
+
+
+def read_along(sampler: Any, model: Any) -> Sequence[Any]:
+    """Return the models that a sampler inside another one has read along, () for none.
+
+    Args:
+        sampler: the one inside.
+        model: the one that answers.
+    """
+    found: Sequence[Any] = sampler.beside(model) if hasattr(sampler, "beside") else ()
+    return found
 
 
 @part("sampler", "greedy", papers="original")

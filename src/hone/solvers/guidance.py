@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,17 @@ from hone.diffusion.levels import spread
 from hone.errors import HoneError
 from hone.parts import part
 from hone.solvers.around import Around
-from hone.solvers.base import Counted
+from hone.solvers.base import Counted, Solver
+
+
+def guides(inner: Solver) -> Iterator[tuple[str, str]]:
+    """Yield that a solver inside does not guide, so that cheaper guidance would change nothing.
+
+    Args:
+        inner: the solver.
+    """
+    if inner.guidance == 1.0:
+        yield "of", "expected a solver with guidance, such as {name: ddim, steps: 20, guidance: 2.0}"
 
 
 class Gated(Counted):
@@ -74,6 +85,11 @@ class AdaptiveGuidance(Around):
     """
 
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.99
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield that there is no guidance to save."""
+        yield from super().check()
+        yield from guides(self.inner)
 
     def asked(self, model: Any, labels: Tensor | None, sigmas: Tensor) -> Counted:
         """Return what the solver inside asks instead of the denoiser.
@@ -252,6 +268,11 @@ class LinearGuidance(Around):
     fit: Annotated[int, Field(ge=1)] = 256
     ridge: Annotated[float, Field(gt=0)] = 1e-6
     _weights: list[Tensor | None] | None = field(init=False, default=None, repr=False)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield that there is no guidance to save."""
+        yield from super().check()
+        yield from guides(self.inner)
 
     def prepare(self, model: Any, source: Any) -> None:
         """Fit the weights on trajectories of fresh noise.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ class AutoDiffusion(Around):
 
     A candidate is K places of the grid; its score is the distance of a small batch that it draws from as many training
     arrays. Each generation scores mutated and crossed children of the best candidates, and random ones. The first
-    candidate is the solver's own spacing, so that what is found is never worse on that batch.
+    candidate is the grid's nearest to the solver's own spacing.
 
     Args:
         grid: levels to choose from, spaced by the schedule of the solver inside.
@@ -187,7 +188,8 @@ class AutoDiffusion(Around):
             sigmas = torch.cat([fine[list(places)], fine[-1:]])
             asked = Counted(model, labels if model.classes else None, inner.guidance)
             made = inner.solve(asked, noise * sigmas[0].to(noise), sigmas, torch.Generator().manual_seed(1))
-            return worse * distance(made, known.arrays[chosen])
+            value = worse * distance(made, known.arrays[chosen]) if bool(made.isfinite().all()) else math.inf
+            return value if math.isfinite(value) else math.inf
 
         evolution = Evolution(score, len(fine) - 1, inner.steps)
         own = (fine[:-1, None] - inner.sigmas(model)[:-1]).abs().argmin(0).unique()

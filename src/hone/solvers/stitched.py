@@ -71,6 +71,8 @@ class TStitch(Around):
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong, without loading anything."""
         yield from super().check()
+        if getattr(self.inner, "churn", 0):
+            yield "of", "expected a solver without churn, which raises the level of a step above that of the border"
         later = self.small == "base" or self.small.startswith("stage:")  # what has not run yet
         if not later and denoiser_folder(self.small) is None:
             yield "small", f"there is no denoiser in '{self.small}'; expected a finished run of one"

@@ -43,7 +43,11 @@ def make_verifier(kind: Kind, source: Any) -> Verifier:
 
     def verdict(x: Tensor, labels: Tensor | None) -> Tensor:
         logs = judge(x.flatten(1).double().cpu())
-        found = logs.max(1).values if labels is None else logs.gather(1, labels.cpu().clamp(min=0)[:, None])[:, 0]
+        best = logs.max(1).values
+        if labels is None:
+            return best.to(x.device)
+        told = labels.cpu()
+        found = torch.where(told < 0, best, logs.gather(1, told.clamp(min=0)[:, None])[:, 0])  # -1 is any class
         return found.to(x.device)
 
     return verdict
