@@ -13,6 +13,7 @@ from families.chat_styles import CHATML, SPECIAL, byte_level, trained_text
 from hone.data.answers import calls, same_answer
 from hone.data.formats import sniff
 from hone.data.sample import Message, opened
+from hone.data.sampled import own_answer
 from hone.data.source import reference
 from hone.engine.evaluate import expected, show_prompt
 from hone.errors import DataError, ModelError
@@ -162,6 +163,13 @@ def test_the_reference_is_what_the_template_writes():
     assert made.worded(convert(ROW)) == convert(ROW)  # its last answer calls nothing
     assert 'assistant: {"name": "add"' in show_prompt(convert(ROW))
     assert opened(sample).answers[0] == (sample.prompt[1],) and isinstance(sample.prompt[1], Message)
+
+
+def test_answers_that_call_tools_do_not_stand_beside_texts():
+    sample = opened(convert({**ROW, "messages": [ASK, CALLS]}))
+    with pytest.raises(DataError, match="an answer that calls tools cannot stand beside texts"):
+        own_answer(sample)
+    assert own_answer(opened(convert(ROW))) == "It is 5."
 
 
 PUBLISHED = (

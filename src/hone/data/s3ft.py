@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from hone.data.sample import Sample, opened
-from hone.data.sampled import ModelMade, own_answer, prompt_text, reference
+from hone.data.sampled import ModelMade, prompt_text, reference
 from hone.data.source import Split
 from hone.parts import part
 
@@ -88,7 +88,7 @@ class S3FT(ModelMade):
             if text is None:
                 text = next(paraphrases)
                 kind = "" if text is None else "paraphrase"
-            answers = (own_answer(sample) if text is None else text,)
+            answers = sample.answers if text is None else (text,)
             yield replace(sample, kind="completion", answers=answers, extra={**sample.extra, OWN: kind})
 
     def _paraphrases(self, samples: list[Sample]) -> list[str | None]:

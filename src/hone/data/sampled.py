@@ -336,12 +336,15 @@ def own_answer(sample: Sample) -> str:
     """Return the source's own answer to a prompt, be that plain text or a conversation.
 
     Raises:
-        DataError: it has no answer.
+        DataError: it has no answer, or one that calls tools, whose text the chat template alone knows.
     """
     if not sample.answers:
         raise DataError(f"{sample.where}: expected a prompt with an answer")
     answer = sample.answers[0]
-    return answer if isinstance(answer, str) else answer[-1].text
+    if not isinstance(answer, str) and answer[-1].calls:
+        fix = "take `make: right` without `gold`, or rewards on rollouts"
+        raise DataError(f"{sample.where}: an answer that calls tools cannot stand beside texts of the model; {fix}")
+    return answer if isinstance(answer, str) else answer[-1].content
 
 
 def reference(sample: Sample) -> str:
