@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from hone import parts
+from hone import options, parts
+from hone.recipe import LIST_FIELDS, PART_FIELDS, SHIPPED, read_yaml
 
 ROOT = Path(__file__).parent.parent
 _DOES = "()"  # stands for the calls at the top of a module, such as the registration of an attention function
@@ -96,6 +97,8 @@ def run_hash(named: Iterable[tuple[str, str]]) -> str:
 def current(kind: str, name: str, claim: str) -> str | None:
     """Return the hash that a claim would be stored with now: the part's code in its own package, and the claim's.
 
+    A recipe's is that of the parts that it names.
+
     Args:
         kind: kind of the part.
         name: its name.
@@ -105,11 +108,24 @@ def current(kind: str, name: str, claim: str) -> str | None:
         None when the part or the claim is no longer there.
     """
     where = claims().get((kind, name, claim))
-    roots = part_roots(kind, name)
+    roots = _recipe_roots(name) if kind == "recipe" else part_roots(kind, name)
     if where is None or not (roots or kind == "recipe"):
         return None
     rooms = (*(root[0].rsplit(".", 1)[0] for root in roots), "hone.evidence.claims")
     return code_hash([*roots, where], lambda module: module.startswith(rooms) and module != f"{rooms[-1]}.base")
+
+
+def _recipe_roots(name: str) -> list[tuple[str, str]]:
+    """Return where the code of the parts begins that a shipped recipe and its stages name."""
+    path = SHIPPED / f"{name}.yaml"
+    fields = read_yaml(path)[0] if path.is_file() else {}
+    found: list[tuple[str, str]] = []
+    for stage in (fields, *(fields.get("stages") or ())):
+        for field, kind in {**PART_FIELDS, **LIST_FIELDS}.items():
+            given = stage.get(field)
+            for spec in given if isinstance(given, list) else [given]:
+                found += [] if spec is None else part_roots(kind, options.split_spec(kind, spec)[0])
+    return list(dict.fromkeys(found))
 
 
 @cache
