@@ -21,6 +21,7 @@ from families.test_catalogue import CHECK, SIDES, Results, record, results  # no
 from hone import catalogue
 from hone.errors import HoneError
 from hone.evidence import pages, store
+from hone.evidence.verify import every_claim
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -37,6 +38,14 @@ def test_the_committed_pages_are_those_of_the_catalogue() -> None:
     stale = [path for path, text in made.items() if not (DOCS / path).exists() or (DOCS / path).read_text() != text]
     gone = sorted(pages.existing(DOCS) - made.keys())
     assert not stale + gone, f"these pages are not those of the catalogue, run `make docs`: {stale + gone}"
+
+
+def test_stored_results_tell_what_their_claims_say() -> None:
+    for one in every_claim().values():
+        file = DOCS / "evidence" / "claims" / one.file
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        about = one.about()
+        assert {key: kept.get(key, told) for key, told in about.items()} == about, f"run: hone verify {one.id} --stale"
 
 
 def test_every_entry_has_a_page_of_its_own_with_a_safe_name() -> None:

@@ -36,8 +36,8 @@ def ddo_beats_denoising(scratch: Path) -> Trial:
     Task: 25 Gaussians on a grid, a network of width 24 with one block, 2,000 steps of denoising, then 400 of
     either; DDO in four rounds.
 
-    Finding: no difference shown (-0.03, -0.08 to +0.02). The network is so small that a third of its points are off the
-    data; telling real points from its own for 400 steps did not change that.
+    Finding: no difference shown (-0.03, -0.08 to +0.02). The network is so small that two thirds of its points are off
+    the data; telling real points from its own for 400 steps did not change that.
     """
     small = {"model": {"name": "denoiser", "network": {"name": "mlp", "width": 24, "depth": 1}},
              "data": {"name": "points", "density": "grid"}, "solvers": [{"name": "heun", "steps": 18}]}  # fmt: skip
