@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hone.catalogue import Entry, entries
@@ -43,25 +44,31 @@ def find(need: str, limit: int = 10) -> list[Match]:
         need: words, e.g. "use less memory in the optimizer".
         limit: most entries to return.
     """
-    import bm25s  # type: ignore[import-untyped]  # takes a third of a second, as scipy comes with it
-
     everything = entries()
-    fields = [_fields(entry) for entry in everything]
-    stems = _Stems([need, *(text for entry in fields for texts in entry.values() for text in texts)])
-    asked = list(dict.fromkeys(stems.of(need)))
-    documents = [
-        [stem for field, texts in entry.items() for text in texts for stem in stems.of(text) * WEIGHTS[field]]
-        for entry in fields
-    ]
-    known = Counter(stem for document in documents for stem in set(document))
+    fields, stems, known, ranking = _index(tuple(everything))
+    asked = list(dict.fromkeys(_Stems([need]).of(need)))
     if not any(known[stem] for stem in asked):
         return []
-    ranking = bm25s.BM25()
-    ranking.index(documents, show_progress=False)
     scores = ranking.get_scores([stem for stem in asked if known[stem]])
     best = sorted(range(len(scores)), key=lambda i: -scores[i])[:limit]
     rarity = {stem: 1 / known[stem] for stem in asked if known[stem]}
     return [Match(everything[i], float(scores[i]), _sentence(fields[i], stems, rarity)) for i in best if scores[i] > 0]
+
+
+@lru_cache(maxsize=1)
+def _index(everything: tuple[Entry, ...]) -> tuple[list[dict[str, list[str]]], _Stems, Counter[str], Any]:
+    """Return the sentences of all entries, their stems, in how many entries each stands, and what ranks them."""
+    import bm25s  # type: ignore[import-untyped]  # takes a third of a second, as scipy comes with it
+
+    fields = [_fields(entry) for entry in everything]
+    stems = _Stems(text for entry in fields for texts in entry.values() for text in texts)
+    documents = [
+        [stem for field, texts in entry.items() for text in texts for stem in stems.of(text) * WEIGHTS[field]]
+        for entry in fields
+    ]
+    ranking = bm25s.BM25()
+    ranking.index(documents, show_progress=False)
+    return fields, stems, Counter(stem for document in documents for stem in set(document)), ranking
 
 
 def suggestions(need: str) -> list[str]:

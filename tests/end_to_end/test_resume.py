@@ -18,7 +18,7 @@ from end_to_end.support import fields, files, hone, repeatable, rows, train, wri
 from hone.engine.folder import RunFolder
 from hone.errors import HoneError
 
-STEPS = 120
+STEPS = 60
 LOGS = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl")
 # The data loader counts two processes too many on a machine with one core, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -28,7 +28,7 @@ def changes(data: Path, workers: int = 0) -> dict[str, Any]:
     """Return what makes a run hard to resume: dropout, a schedule, evaluations and a callback that has a state."""
     return {
         "data": {"name": "files", "path": str(data), "holdout": 20, "workers": workers}, "steps": STEPS,
-        "callbacks": ["average"], "eval_every": 50, "checkpoint_every": 6, "keep": 3,
+        "callbacks": ["average"], "eval_every": 25, "checkpoint_every": 6, "keep": 3,
     }  # fmt: skip
 
 
@@ -71,11 +71,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     out = tmp_path / "run"
     recipe = write_recipe(tmp_path / "mine.yaml", fields(tiny_model, qa_file, out, **changes(qa_file, workers)))
     process = start(recipe)
-    wait_for_rows(process, out / "metrics.jsonl", 20)
+    wait_for_rows(process, out / "metrics.jsonl", 10)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (out / "result.json").exists()
-    assert 20 <= len(rows(out / "metrics.jsonl")) < STEPS
+    assert 10 <= len(rows(out / "metrics.jsonl")) < STEPS
     resumed = hone("resume", out)
     assert resumed.status == 0 and "going on from step" in resumed.err, resumed.err
     assert_same(out, uninterrupted)
@@ -88,7 +88,7 @@ def terminated(tiny_model: Path, qa_file: Path, tmp_path_factory: pytest.TempPat
     out = folder / "run"
     recipe = write_recipe(folder / "mine.yaml", fields(tiny_model, qa_file, out, **changes(qa_file)))
     process = start(recipe)
-    wait_for_rows(process, out / "metrics.jsonl", 20)
+    wait_for_rows(process, out / "metrics.jsonl", 10)
     process.terminate()
     printed, said = process.communicate()
     assert process.returncode == 130, said

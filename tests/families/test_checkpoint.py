@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,37 +97,33 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_kill_while_writing_leaves_the_last_good_one(tmp_path: Path) -> None:
     """A process is killed at every point of a save in turn: before, between and after each system call that matters."""
-    script = textwrap.dedent("""
-        import os, sys, torch
-        from pathlib import Path
-        from hone.engine import checkpoint
-        folder, fatal = Path(sys.argv[1]), int(sys.argv[2])
-        kept = checkpoint.Checkpoints(folder, keep=2)
-        calls = 0
-        def deadly(function):
-            def wrapped(*args, **kwargs):
-                global calls
-                calls += 1
-                if calls == fatal:
+
+    def save(folder: Path, fatal: int) -> None:
+        calls = itertools.count(1)
+
+        def deadly(function: Any) -> Any:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                if next(calls) == fatal:
                     os._exit(9)
                 return function(*args, **kwargs)
+
             return wrapped
-        checkpoint.save_file = deadly(checkpoint.save_file)
-        checkpoint.sync = deadly(checkpoint.sync)
-        checkpoint._sum = deadly(checkpoint._sum)
-        Path.rename = deadly(Path.rename)
-        kept.save(2, {"w": torch.full((4,), 2.0)})
-        sys.exit(0)
-    """)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+        for owner, name in ((checkpoint, "save_file"), (checkpoint, "sync"), (checkpoint, "_sum"), (Path, "rename")):
+            setattr(owner, name, deadly(getattr(owner, name)))
+        checkpoint.Checkpoints(folder, keep=2).save(2, {"w": torch.full((4,), 2.0)})
+        os._exit(0)
+
     for fatal in (1, 2, 4, 7, 8, 9, 99):
         folder = tmp_path / str(fatal)
         Checkpoints(folder, keep=2).save(1, {"w": torch.ones(4)})
-        done = subprocess.run([sys.executable, "-c", script, str(folder), str(fatal)], env=environment, check=False)
+        child = multiprocessing.get_context("fork").Process(target=save, args=(folder, fatal))
+        child.start()
+        child.join()
         step, state, skipped = Checkpoints(folder, keep=2).last_good()
         assert torch.equal(state["w"], torch.full((4,), float(step))) and not skipped
-        assert (done.returncode, step) in {(9, 1), (9, 2), (0, 2)}
-        assert done.returncode == 9 or fatal == 99
+        assert (child.exitcode, step) in {(9, 1), (9, 2), (0, 2)}
+        assert child.exitcode == 9 or fatal == 99
 
 
 def test_two_that_write_one_path_do_not_take_each_other_s_temporaries(tmp_path: Path) -> None:

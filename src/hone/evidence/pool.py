@@ -117,7 +117,7 @@ class LocalPool:
     def _start(self, job: Job, width: int, slot: int) -> BaseProcess:
         gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["hone.evidence.cells", "hone.engine.run", "hone.engine.preflight"])
+        context.set_forkserver_preload(["hone.evidence.warm"])
         # The variables are read by the server: `work` sets torch's own number of threads.
         with _STARTING, _environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"), _empty_main():
             place = (str(job.folder.absolute()), os.getcwd())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,20 @@ IDS = torch.arange(24).view(2, 12) % 31
 OTHER_IDS = (torch.arange(24).view(2, 12) * 7 + 3) % 31
 
 
+def copied(build: Callable[[], Any]) -> Callable[[], Any]:
+    """Return what builds a model once and copies it from then on, with the random numbers that follow a build."""
+    kept: list[tuple[Any, torch.Tensor]] = []
+
+    def made() -> Any:
+        if not kept:
+            kept.append((build(), torch.get_rng_state()))
+        torch.set_rng_state(kept[0][1])
+        return copy.deepcopy(kept[0][0])
+
+    return made
+
+
+@copied
 def llama() -> LlamaForCausalLM:
     """Return a random Llama of two layers in float64."""
     torch.manual_seed(0)
@@ -38,6 +53,7 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).double().eval()
 
 
+@copied
 def gpt2() -> GPT2LMHeadModel:
     """Return a random GPT-2 of two layers in float64."""
     torch.manual_seed(0)
