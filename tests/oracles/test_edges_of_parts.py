@@ -140,7 +140,8 @@ def test_heads_beside_a_model_do_not_go_to_muon() -> None:
 
 def test_cheaper_guidance_wants_guidance_and_stitching_no_churn() -> None:
     for name in ("adaptive-guidance", "linear-guidance"):
-        (problem,) = check_part("solver", name, "solvers.0", Places())
+        assert check_part("solver", name, "solvers.0", Places()) == []
+        (problem,) = check_part("solver", {"name": name, "of": "heun"}, "solvers.0", Places())
         assert "expected a solver with guidance" in problem.message
     churned = {"name": "t-stitch", "small": "base", "of": {"name": "heun", "churn": 5.0}}
     (problem,) = check_part("solver", churned, "solvers.0", Places())

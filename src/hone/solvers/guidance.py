@@ -17,16 +17,27 @@ from hone.errors import HoneError
 from hone.parts import part
 from hone.solvers.around import Around
 from hone.solvers.base import Counted, Solver
+from hone.solvers.ode import DDIM
 
 
-def guides(inner: Solver) -> Iterator[tuple[str, str]]:
-    """Yield that a solver inside does not guide, so that cheaper guidance would change nothing.
+@dataclass(kw_only=True)
+class Guided(Around):
+    """A solver that guides, around which guidance is made cheaper.
 
     Args:
-        inner: the solver.
+        of: the solver inside, with its guidance; ddim with a guidance of 2 where it is left out.
     """
-    if inner.guidance == 1.0:
-        yield "of", "expected a solver with guidance, such as {name: ddim, steps: 20, guidance: 2.0}"
+
+    @property
+    def inner(self) -> Solver:
+        """The solver inside."""
+        return DDIM(guidance=2.0) if self.of is None else self.of
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield that there is no guidance to save."""
+        yield from super().check()
+        if self.inner.guidance == 1.0:
+            yield "of", "expected a solver with guidance, such as {name: ddim, steps: 20, guidance: 2.0}"
 
 
 class Gated(Counted):
@@ -74,7 +85,7 @@ class Gated(Counted):
     "noise at low noise; the predicted noises themselves agree at high noise whatever the class is.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class AdaptiveGuidance(Around):
+class AdaptiveGuidance(Guided):
     """Classifier-free guidance until the answers with and without the class agree, for each array by itself.
 
     D(none) + w (D(class) - D(none)) while no cos(F(class), F(none)) has been above `threshold`, then D(class), with
@@ -85,11 +96,6 @@ class AdaptiveGuidance(Around):
     """
 
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.99
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield that there is no guidance to save."""
-        yield from super().check()
-        yield from guides(self.inner)
 
     def asked(self, model: Any, labels: Tensor | None, sigmas: Tensor) -> Counted:
         """Return what the solver inside asks instead of the denoiser.
@@ -248,7 +254,7 @@ def fit_guess(target: Tensor, known: list[Tensor], near: int, ridge: float = 0.0
     "led to, and drawn a little to the class's answer: plain least squares on guided trajectories diverged on points.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class LinearGuidance(Around):
+class LinearGuidance(Guided):
     """Guidance (LinearAG) whose answer without a class is, at most evaluations, a linear guess from earlier ones.
 
     e(none)_i = sum over j <= i of b_ij e(class)_j + sum over j < i of c_ij e(none)_j,  e = (x - D) / s
@@ -268,11 +274,6 @@ class LinearGuidance(Around):
     fit: Annotated[int, Field(ge=1)] = 256
     ridge: Annotated[float, Field(gt=0)] = 1e-6
     _weights: list[Tensor | None] | None = field(init=False, default=None, repr=False)
-
-    def check(self) -> Iterator[tuple[str, str]]:
-        """Yield that there is no guidance to save."""
-        yield from super().check()
-        yield from guides(self.inner)
 
     def prepare(self, model: Any, source: Any) -> None:
         """Fit the weights on trajectories of fresh noise.
