@@ -62,7 +62,7 @@ def settings(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
     """Return the fields of a run of four steps of several micro-batches, in which only rounding can differ."""
     made = fields(
         model, data, Path(), adapter="full", precision="float64", device="cpu", steps=4, batch_tokens=200,
-        micro_tokens=60, eval_samples=4, checkpoint_every=2, callbacks=["average"],
+        micro_tokens=60, eval_samples=2, max_new_tokens=4, checkpoint_every=2, callbacks=["average"],
         optimizer={"name": "adamw", "lr": 1e-2, "eps": 1e-6},
     )  # fmt: skip
     del made["out"]

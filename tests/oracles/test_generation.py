@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hone.errors import ModelError, NumericError
 from hone.samplers.text import Sample, greedy
+from hone.text import cache
 from hone.text import generate as generation
 from hone.text.cache import FIRST_CAPACITY
 from hone.text.generate import Generation, generate
@@ -92,18 +93,21 @@ def same(left: list[list[Generation]], right: list[list[Generation]]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_transformers(family: str) -> None:
+def test_greedy_equals_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = build(family)
     theirs, model = copy.deepcopy(hf), LanguageModel(hf, None)
     assert model.packs
-    prompts, count = some_prompts(), FIRST_CAPACITY + 4  # the buffers have to grow
+    monkeypatch.setattr(cache, "FIRST_CAPACITY", 8)  # the buffers have to grow
+    prompts, count = some_prompts(), 12
     free = generate(model, prompts, max_new_tokens=count)
     assert [len(group) for group in free] == [1] * len(prompts)
-    assert [drawn(group[0]) for group in free] == [reference(theirs, prompt, count, []) for prompt in prompts]
+    answers = [reference(theirs, prompt, count, []) for prompt in prompts]
+    assert [drawn(group[0]) for group in free] == answers
     assert not any(group[0].stopped for group in free)
 
-    stop = [drawn(free[0][0])[4], drawn(free[2][0])[20]]
-    expected = [reference(theirs, prompt, count, stop) for prompt in prompts]
+    stop = [drawn(free[0][0])[4], drawn(free[2][0])[8]]
+    ends = [next((place + 1 for place, token in enumerate(full) if token in stop), count) for full in answers]
+    expected = [full[:end] for full, end in zip(answers, ends, strict=True)]
     made = generate(model, prompts, max_new_tokens=count, stop=stop)
     assert [drawn(group[0]) for group in made] == expected
     for (found,), full in zip(made, expected, strict=True):
