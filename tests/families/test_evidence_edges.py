@@ -129,8 +129,9 @@ def test_a_run_of_arrays_is_sampled_without_a_prompt(tmp_path: Path) -> None:
 
 def test_a_recheck_compares_what_was_missing_too() -> None:
     differences = recheck._differences
-    assert differences({"loss": [0.5, 0.7]}, {"loss": 0.5004}) == []
-    assert differences({"loss": [0.5, 0.7]}, {"loss": 0.503}) == ["loss was 0.5 and is 0.503"]
+    assert differences({"loss": [0.5, 0.7]}, {"loss": 0.54}) == []
+    assert differences({"loss": [0.5, 0.7]}, {"loss": 0.56}) == ["loss was 0.5 and is 0.56"]
+    assert differences({"trained": [500.0, 500.0]}, {"trained": 501.0}) == ["trained was 500 and is 501"]
     assert differences({"loss": [0.5, 0.7]}, {}) == ["loss was 0.5 and is missing"]
     assert differences({"loss": [None, 0.7]}, {"loss": 0.5}) == ["loss was missing and is 0.5"]
     assert differences({"loss": [None, 0.7], "training_seconds": [1.0, 2.0]}, {"training_seconds": 9.0}) == []

@@ -1,7 +1,8 @@
 """Whether a result still stands after its code has changed, at a ninth of the cost of its claim.
 
 A claim runs both sides on five seeds after four trials each. Where a later change touched no number (a message, a check
-of bad input, a name), one seed of each side at its tuned setting shows so: it gives the figures that are stored.
+of bad input, a name), one seed of each side at its tuned setting shows so: it gives the figures that are stored, as near
+as another machine comes to them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from hone.evidence.pool import Interrupted, Pool
 from hone.evidence.trials import run_sides
 from hone.evidence.verify import choose, is_stale, results_folder, stored_result, write
 
-CLOSE = 1e-3  # figures of one computation on two processors: sums in another order, over some hundred steps
+# Processors round sums differently: LoRA's loss after 40 steps differs by 0.4% between two machines of one name, a
+# twentieth of its range over seeds, and runs that pick tokens drift further apart.
+CLOSE, OF_THE_RANGE = 1e-3, 0.25
 OF_THE_MACHINE = ("training_seconds", "tokens_per_second", "peak_memory")  # another run of the same code has others
 
 
@@ -76,7 +79,7 @@ def recheck(
 ) -> list[str]:
     """Run one seed of both sides of a stored result again; return what came out otherwise, if anything.
 
-    A figure is the same within 0.1% or a hundredth of its range over the stored seeds, whichever is wider.
+    A figure is the same within 0.1% or a quarter of its range over the stored seeds, whichever is wider.
 
     Args:
         one: the claim.
@@ -176,7 +179,7 @@ def _differences(stored: Mapping[str, list[float | None]], figures: Mapping[str,
             found += [] if now is None else [f"{metric} was missing and is {now:.6g}"]
             continue
         present = [value for value in column if value is not None]
-        width = max(CLOSE * abs(then), 0.01 * (max(present) - min(present)))
+        width = max(CLOSE * abs(then), OF_THE_RANGE * (max(present) - min(present)))
         if now is None or not abs(now - then) <= width:
             found.append(f"{metric} was {then:.6g} and is {'missing' if now is None else f'{now:.6g}'}")
     return found

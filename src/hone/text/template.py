@@ -156,7 +156,13 @@ class ChatTemplate:
                 done = [*turn.prompt, replace(turn.answer, closed=False)]
 
     def prompt(self, messages: Sequence[Message], where: str, tools: str = "") -> list[Piece]:
-        """Return the generation prompt after a conversation, in pieces; arguments and errors are those of `turns`."""
+        """Return the generation prompt after a conversation, in pieces; errors are those of `turns`.
+
+        Args:
+            messages: the conversation.
+            where: "file:line", for messages.
+            tools: JSON of the tools that it may call, "" for none.
+        """
         done: list[Piece] = []
         for turn in self.turns(messages, where, tools):
             done = [*turn.prompt, replace(turn.answer, closed=False)]
