@@ -1,8 +1,8 @@
 """Whether a result still stands after its code has changed, at a ninth of the cost of its claim.
 
-A claim runs both sides on five seeds after four trials each. Where a later change touched no number (a message, a check
-of bad input, a name), one seed of each side at its tuned setting shows so: it gives the figures that are stored, as near
-as another machine comes to them.
+A claim runs both sides on five seeds after four trials each. Where a later change touched no number (a message, say),
+one seed of each side at its tuned setting shows so: it gives the figures that are stored, as near as another machine
+comes to them.
 """
 
 from __future__ import annotations
