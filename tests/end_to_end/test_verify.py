@@ -170,7 +170,7 @@ def test_a_recheck_keeps_what_one_seed_gives_again(verified: Outcome, home: Path
     path = Path("found", f"{LESS}.json")
     path.write_text(json.dumps(now))
     said = verify(LESS, "--recheck")
-    assert f"{LESS}: differs" in said.out and "LoRA: loss was" in said.out and "hone verify --stale" in said.out
+    assert f"{LESS}: differs" in said.out and "LoRA: loss was" in said.out and f"hone verify {LESS} --stale" in said.out
     assert json.loads(path.read_text()) == now
     path.write_text(json.dumps(kept))
     assert "0 of 0 stale results stand" in verify(LESS, "--recheck").out

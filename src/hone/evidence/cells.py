@@ -127,11 +127,12 @@ class Store:
         job = Job(task, label, recipe, self._find(key) or self.root / f"{slug}-{key}", keeps)
         if job.folder.exists() or keeps == "model":
             return job
-        fuller = self._find(content_key(recipe, f"{task}:model:{also}"))  # a finished run that kept more serves as well
-        other = None if fuller is None else Job(task, label, recipe, fuller, "model")
-        if other is None or other.result() is None or (keeps and not any(other.run.glob("**/model"))):
-            return job
-        return other
+        for more in ("model", *([] if keeps else [TO_READ])):  # a finished run that kept more serves as well
+            fuller = self._find(content_key(recipe, f"{task}:{more}:{also}"))
+            other = None if fuller is None else Job(task, label, recipe, fuller, more if more == "model" else "")
+            if other is not None and other.result() is not None and (not keeps or any(other.run.glob("**/model"))):
+                return other
+        return job
 
     def _find(self, key: str) -> Path | None:
         return next(self.root.glob(f"*-{key}"), None)

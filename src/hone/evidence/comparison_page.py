@@ -83,6 +83,8 @@ def contents(result: dict[str, Any], home: Path) -> dict[str, Any]:
         "intervals": interval_charts(result, variants), "curves": curve_charts(result, variants),
         "cost": cost_chart(result, variants), "tuning": tuning_chart(result, variants),
     }  # fmt: skip
+    every = [trial for variant in variants for trial in variant.record.get("trials", [])]
+    ranked = next((trial["metric"] for trial in every if "metric" in trial), result["metric"])  # what tuning looked at
     drawn = [trace for chart in sections["curves"] for trace in chart["traces"]]
     best = next((v for v in variants if v.summary(result["metric"])["mean"] is not None), None)
     return {
@@ -94,7 +96,7 @@ def contents(result: dict[str, Any], home: Path) -> dict[str, Any]:
         "axes": {axis: AXES[axis] for axis in axes(drawn)}, "curves_note": _curves_note(drawn),
         "trials": trials(result, variants),
         "tuned": next(iter(result["tune"])) if len(result.get("tune") or {}) == 1 else "settings",
-        "metric": title(next((t["metric"] for v in variants for t in v.record.get("trials", [])), result["metric"])),
+        "metric": title(ranked),
         "settings": _settings(variants), "recipe": _recipe(best or variants[0]) if variants else None,
         "environment": _environment(result), "next": _next(result, variants, best),
     }  # fmt: skip

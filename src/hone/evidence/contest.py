@@ -398,8 +398,8 @@ def _refuse_unknown(metric: str, names: set[str]) -> None:
         HoneError: it is a slip of a known name, or judges answers where none are given.
     """
     slips = difflib.get_close_matches(metric, names, n=1, cutoff=0.85)
-    if slips or metric in ("general_loss", "forgetting") or parts.find("metric", metric) is not None:
-        hint = f"did you mean '{slips[0]}'?" if slips else f"metrics: {', '.join(sorted(names))}"
+    if slips or "@" in metric or metric in ("general_loss", "forgetting") or parts.find("metric", metric) is not None:
+        hint = nearest(metric, names) or f"metrics: {', '.join(sorted(names))}"
         raise HoneError(f"--metric: the runs have no '{metric}' ({hint})")
 
 
