@@ -43,6 +43,8 @@ bench: $(VENV)/.test  ## speed and memory against peers, side by side; what the 
 	$(BIN)/python bench/sft.py --adapter lora --out docs/evidence/bench-sft-lora.json
 	$(BIN)/python bench/adapters.py --out docs/evidence/bench-adapters.json
 	$(BIN)/python bench/adapter_memory.py --out docs/evidence/bench-adapter-memory.json
+	$(BIN)/python bench/adapter_memory.py --sides lora,lisa,sara,spiel,s2ft --tokens 4096 \
+	  --out docs/evidence/bench-adapter-memory-4096.json
 	$(BIN)/python bench/dpo.py --out docs/evidence/bench-dpo.json
 	$(BIN)/python bench/grpo.py --out docs/evidence/bench-grpo.json
 	$(BIN)/python bench/ct.py --out docs/evidence/bench-ct.json

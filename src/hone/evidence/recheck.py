@@ -137,7 +137,7 @@ def _asks_otherwise(trial: Trial, kept: Mapping[str, Any]) -> str:
         "what is tuned": (trial.tune, kept["tune"]),
         "what the tuning looks at": (
             trial.metric if trial.tune else "",
-            next((tried["metric"] for side in stored.values() for tried in side["trials"]), ""),
+            next((tried.get("metric", trial.metric) for side in stored.values() for tried in side["trials"]), ""),
         ),
         "the budget": (Budget.read(trial.budget).plain(), kept["budget"]),
         "the number of seeds": (trial.seeds, len(kept["seeds"])),
