@@ -100,6 +100,9 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # what a file system that knows no locks answers
+
+
 def hold(path: Path) -> int | None:
     """Return a handle that holds a file for this process alone, None when another one holds it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 from hone.engine.checkpoint import disk_error
 from hone.engine.progress import log
 from hone.errors import HoneError, nearest
-from hone.files import hold, let_go, write_whole
+from hone.files import NO_LOCKS, hold, let_go, write_whole
 
 JUDGED = ("evaluations.jsonl", "samples.jsonl")  # the logs of evaluations
 ROLLOUTS = "rollouts.jsonl"  # the log of phases that the model answers in
@@ -86,7 +85,7 @@ class RunFolder:
             self._lock = hold(path)
             holder = "" if self._lock is not None else path.read_text(encoding="utf-8")
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            if error.errno not in NO_LOCKS:
                 raise disk_error(error, path) from error
             log.warning("%s: this file system knows no locks; see that no second process trains in this folder", path)
             return

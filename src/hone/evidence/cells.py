@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -21,7 +20,7 @@ from hone import options as opt
 from hone.engine.folder import RunFolder, stage_folders
 from hone.errors import HoneError
 from hone.evidence import source
-from hone.files import write_whole
+from hone.files import NO_LOCKS, write_whole
 from hone.recipe import DATA_FIELDS, Recipe
 
 Task = Literal["run", "measure"]
@@ -257,7 +256,7 @@ def work(folder: Path, threads: int) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            if error.errno not in NO_LOCKS:
                 raise
         _work(folder)
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hone import options as opt
@@ -70,10 +71,10 @@ class Comparison:
             _refuse_unknown(self.metric, names)
         if clash := [path for variant in self.variants for path in variant.settings if path in self.tune]:
             raise HoneError(f"--tune: {clash[0]} is varied already; a setting is either varied or tuned")
-        if self.budget.measured and (costly := [path for path in self.tune if path.partition(".")[0] in _DEARER]):
+        if self.budget.measured and self.dearer:
             raise HoneError(
-                f"--tune: {costly[0]} changes what a step costs, so that trials under a budget of {self.budget.kind} "
-                "would not be equal; --vary it instead, or give the budget in steps"
+                f"--tune: {self.dearer[0]} changes what a step costs, so that trials under a budget of "
+                f"{self.budget.kind} would not be equal; --vary it instead, or give the budget in steps"
             )
         for variant in self.variants:
             if self.budget.kind != "recipe" and variant.fields.get("stages"):
@@ -83,6 +84,11 @@ class Comparison:
                     variant.recipe(**trial)
                 except RecipeError as error:
                     raise HoneError(f"--tune: does not fit '{variant.label}': {error}") from error
+
+    @property
+    def dearer(self) -> list[str]:
+        """What is tuned and changes what a step costs."""
+        return [path for path in self.tune if path.partition(".")[0] in _DEARER]
 
     @property
     def key(self) -> str:
@@ -172,6 +178,7 @@ class Contest:
         self.retry, self.alone = retry, alone
         self.comparison, self.store, self.pool, self.display, self.keeps = comparison, store, pool, display, keeps
         self.entrants = [Entrant(variant) for variant in comparison.variants]
+        self._judged: dict[tuple[Path, str], int] = {}  # how many samples a share of a finished run is a mean over
         self.width = self.threads = 1
         first = comparison.variants[0].recipe().seed
         self.seeds = list(range(first, first + comparison.seeds))
@@ -232,8 +239,7 @@ class Contest:
             try:
                 if not entrant.variant.fields.get("stages"):
                     entrant.steps = self.comparison.budget.steps(found)
-                    dearer = any(path.partition(".")[0] in _DEARER for path in self.comparison.tune)
-                    entrant.flops = None if dearer else found["step_flops"]  # of the untuned recipe
+                    entrant.flops = None if self.comparison.dearer else found["step_flops"]  # of the untuned recipe
                     entrant.saves = max(1, round(SAVE_SECONDS / found["step_seconds"]))
             except HoneError as error:
                 entrant.reason = str(error)
@@ -370,8 +376,11 @@ class Contest:
         """
         if not is_share(metric) and parts.find("metric", metric) is None:
             return 0.0
-        finished = [job for entrant in self.entrants for job in entrant.jobs.values() if job.result() is not None]
-        counts = [count for job in finished if (count := judged(job, metric))]
+        jobs = [job for entrant in self.entrants for job in entrant.jobs.values()]
+        for job in jobs:  # a finished run's files are read once, however many rows and figures ask
+            if (job.folder, metric) not in self._judged and job.result() is not None:
+                self._judged[job.folder, metric] = judged(job, metric)
+        counts = [count for job in jobs if (count := self._judged.get((job.folder, metric)))]
         return 1 / min(counts) if counts else 0.0
 
 

@@ -20,14 +20,15 @@ from hone.evidence import source
 from hone.evidence.budget import Budget
 from hone.evidence.cells import Store
 from hone.evidence.claims.base import Claim, Side, Trial
-from hone.evidence.pool import Interrupted, Pool
+from hone.evidence.pool import Pool
 from hone.evidence.trials import run_sides
-from hone.evidence.verify import choose, is_stale, results_folder, stored_result, write
+from hone.evidence.verify import choose, is_stale, results_folder, stoppable, stored_result, write
 
 # Processors round sums differently: LoRA's loss after 40 steps differs by 0.4% between two machines of one name, a
 # twentieth of its range over seeds, and runs that pick tokens drift further apart.
 CLOSE, OF_THE_RANGE = 1e-3, 0.25
-OF_THE_MACHINE = ("training_seconds", "tokens_per_second", "peak_memory")  # another run of the same code has others
+# Another run of the same code has others, and operations are counted for whole contests alone.
+OF_THE_MACHINE = ("training_seconds", "tokens_per_second", "peak_memory", "flops")
 
 
 def recheck_command(
@@ -53,11 +54,8 @@ def recheck_command(
     for number, one in enumerate(due, 1):
         kept = stored_result(one, folder)
         display.say(f"{number} of {len(due)}: {one.id}", style="bold")
-        try:
+        with stoppable(display, "what stands is stored"):
             found = recheck(one, kept, Store(Path("runs/cells")), pool, display, Path("runs/claims") / one.id)
-        except Interrupted:
-            display.say("stopped; what stands is stored, and the same command goes on")
-            raise SystemExit(130) from None
         if stored_result(one, folder) != kept:  # another process has run it meanwhile
             continue
         if not found:
@@ -96,7 +94,7 @@ def recheck(
     trial = one.make(scratch)
     if asked := _asks_otherwise(trial, kept):
         return [asked]
-    if clocked := [check.metric for check in trial.checks if check.metric in (*OF_THE_MACHINE, "flops")]:
+    if clocked := [check.metric for check in trial.checks if check.metric in OF_THE_MACHINE]:
         return [f"{clocked[0]} is a figure of the machine, which one run does not show"]
     sides = (_as_stored(trial.baseline, kept, "baseline"), _as_stored(trial.method, kept, "method"))
     contest = run_sides(trial, sides, store, pool, display, seeds=1, budget=Budget(), tune={})
@@ -173,7 +171,7 @@ def _differences(stored: Mapping[str, list[float | None]], figures: Mapping[str,
     found = []
     for metric, column in stored.items():
         then, now = column[0], figures.get(metric)
-        if metric in OF_THE_MACHINE or metric == "flops":
+        if metric in OF_THE_MACHINE:
             continue
         if then is None:
             found += [] if now is None else [f"{metric} was missing and is {now:.6g}"]

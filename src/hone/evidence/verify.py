@@ -7,7 +7,8 @@ import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,24 @@ def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
+@contextmanager
+def stoppable(display: Display, stays: str) -> Iterator[None]:
+    """Let the user stop a claim: say what stays, and end the command.
+
+    Args:
+        display: says it.
+        stays: what is not lost.
+
+    Raises:
+        SystemExit: the user stopped it.
+    """
+    try:
+        yield
+    except Interrupted:
+        display.say(f"stopped; {stays}, and the same command goes on")
+        raise SystemExit(130) from None
+
+
 def verify_command(
     names: Sequence[str], *, stale: bool, show_only: bool, on: str, jobs: int | None, out: Path | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -176,11 +195,8 @@ def verify_command(
         if stale and not is_stale(one, folder):  # another process has done it meanwhile
             continue
         display.say(f"{number} of {len(due)}: {one.id}: {one.about()['says']}", style="bold")
-        try:
+        with stoppable(display, "finished runs are kept"):
             record = verify(one, Store(Path("runs/cells")), pool, display, Path("runs/claims") / one.id)
-        except Interrupted:
-            display.say("stopped; finished runs are kept, and the same command goes on")
-            raise SystemExit(130) from None
         if record["verdict"] != "failed" or not stored_result(one, folder):  # an older result says more than a failure
             write(folder / one.file, record)
         records.append(record)
