@@ -7,6 +7,7 @@ alone takes 3 s. `load(kind, name)` imports the one module that defines the part
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import inspect
 import re
@@ -192,6 +193,16 @@ def catalogue() -> tuple[Record, ...]:
     Raises:
         HoneError: two parts of one kind share a name.
     """
+    collects = gc.isenabled()
+    gc.disable()  # it would walk the growing trees again and again: 1.8 s with it, 1.1 s without
+    try:
+        return _catalogue()
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _catalogue() -> tuple[Record, ...]:
     records: dict[tuple[str, str], Record] = {}
     for path in sorted(ROOT.rglob("*.py")):
         text = path.read_text(encoding="utf-8")

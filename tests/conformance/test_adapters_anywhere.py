@@ -1,4 +1,4 @@
-"""Promises of every adapter that no architecture changes: which files and bases it takes, one start, attached once."""
+"""Promises of every adapter that no architecture changes: what trains, which files and bases it takes, one start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,40 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conformance.adapters import MODELS, QUIET, attach, build, calibration, cases, keep_or_skip, logits, snapshot
+from conformance.adapters import (
+    IDS,
+    MODELS,
+    QUIET,
+    attach,
+    build,
+    calibration,
+    cases,
+    excused,
+    keep_or_skip,
+    logits,
+    snapshot,
+)
 from hone.errors import HoneError
 
 pytestmark = [pytest.mark.parametrize(("name", "options", "kind"), cases(once=True)), *QUIET]
+
+
+def test_only_what_is_declared_trains(name: str, options: dict[str, Any], kind: str) -> None:
+    adapter, model = attach(name, options, kind)
+    declared = dict(adapter.trainable(model))
+    assert declared
+    before = snapshot(model)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    for penalty in adapter.penalties():
+        term = penalty.of_weights(model)
+        loss = loss if term is None else loss + term
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for key, parameter in model.named_parameters():
+        assert (key in declared) == (parameter.grad is not None), key
+        assert (key in declared) or torch.equal(parameter, before[key]), key
+    changed = [key for key in declared if not torch.equal(before[key], declared[key])]
+    assert len(changed) == len(declared) or excused(name, "all move")
 
 
 def test_another_base_is_refused(name: str, options: dict[str, Any], kind: str, tmp_path: Path) -> None:

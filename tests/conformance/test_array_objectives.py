@@ -88,6 +88,7 @@ BATCH, STEPS = 12, 3
 NAMES = [r.name for r in catalogue() if r.kind == "objective" and load("objective", r.name).medium == "arrays"]
 CASES = [(name, options) for name in NAMES for options in ({}, *VARIANTS.get(name, []))]
 IDS = [name + "".join(f" {key}={value}" for key, value in options.items()) for name, options in CASES]
+WHOLE: dict[str, dict[str, torch.Tensor]] = {}  # by case, the weights that a run in one piece ends with
 every_objective = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
 
@@ -131,6 +132,15 @@ class Case:
         if "teacher" in hints(self.cls):
             self.options = {"teacher": teacher_folder(teachers), **self.options}
         self.kind = PARAMETERISATION.get(name, "consistency")
+        self.key, self.defaults = f"{name} {options}", not options
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Return the weights that a run in one piece ends with, which several checks compare theirs with."""
+        if self.key not in WHOLE:
+            run = self.run()
+            train(run, STEPS)
+            WHOLE[self.key] = weights(run)
+        return WHOLE[self.key]
 
     def run(self, micro: int | None = None, steps: int = STEPS, precision: str = "float64") -> Run:
         """Return a run at its beginning."""
@@ -194,12 +204,13 @@ def test_trains_in_bf16(case):
 
 
 @every_objective
-@pytest.mark.parametrize("micro", [7, 1])
+@pytest.mark.parametrize("micro", [5, 1])
 def test_any_split_into_micro_batches_gives_the_same_weights(case, micro):
-    whole, split = case.run(), case.run(micro)
-    train(whole, STEPS)
+    if micro == 1 and not case.defaults:
+        pytest.skip("one array at a time is tried with the defaults")
+    split = case.run(micro)
     train(split, STEPS)
-    one, other = weights(whole), weights(split)
+    one, other = case.whole(), weights(split)
     assert one.keys() == other.keys()
     for name, value in one.items():  # Adam divides by the root of a mean square, which makes rounding larger
         torch.testing.assert_close(
@@ -209,8 +220,6 @@ def test_any_split_into_micro_batches_gives_the_same_weights(case, micro):
 
 @every_objective
 def test_is_deterministic_and_resumes_exactly(case, tmp_path):
-    whole = case.run()
-    train(whole, STEPS)
     begun = case.run()
     train(begun, 1)
     saved = Checkpoints(tmp_path, keep=1).save(1, begun.state())
@@ -218,7 +227,7 @@ def test_is_deterministic_and_resumes_exactly(case, tmp_path):
     torch.manual_seed(99)  # nothing may depend on what the generator was left at
     resumed.restore(read_state(saved))
     train(resumed, STEPS - 1)
-    one, other = weights(whole), weights(resumed)
+    one, other = case.whole(), weights(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

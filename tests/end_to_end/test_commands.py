@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from end_to_end.support import Outcome, fields, files, hone, rows, write_recipe
-from hone import Recipe
+from hone import Recipe, catalogue
 from hone.recipe import shipped
 
 COMMANDS = (
@@ -131,7 +131,8 @@ def test_a_name_of_two_kinds_shows_the_recipe_and_mentions_the_part() -> None:
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_shown_recipe_is_a_recipe(name: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(hone("show", name).out)
+    (entry,) = catalogue.named(name, "recipe")
+    (tmp_path / "mine.yaml").write_text(entry.text())  # what `hone show` prints
     mine = Recipe.load(tmp_path / "mine.yaml")
     assert mine.name == "mine" and mine.plain() == {**Recipe.load(name).plain(), "name": "mine"}
 

@@ -64,16 +64,18 @@ def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     assert each_step[-1] is None and min(each_step[:-1]) > 0
 
 
-def test_the_losses_of_two_stages_are_two_curves(tmp_path: Path) -> None:
+def test_the_figures_of_two_stages_are_two_curves(tmp_path: Path) -> None:
     for number in (1, 2):
         write_run(tmp_path / "run" / f"stage-{number}", steps=30, seed=number)
     for name in ("recipe.yaml", "result.json"):
         shutil.copy(tmp_path / "run" / "stage-2" / name, tmp_path / "run" / name)
-    each_step, smoothed, held = figures(write_report(tmp_path / "run"))["chart-loss"]["traces"]
+    charts = figures(write_report(tmp_path / "run"))
+    each_step, smoothed, held = charts["chart-loss"]["traces"]
     assert each_step["x"] == smoothed["x"] == [*range(1, 31), 31, *range(31, 61)]
     assert each_step["y"].index(None) == smoothed["y"].index(None) == 30 and each_step["y"].count(None) == 1
     assert smoothed["y"][31] == each_step["y"][31]  # the second one's mean begins anew
     assert held["x"][held["y"].index(None) - 1] == held["x"][held["y"].index(None) + 1] == 30
+    assert charts["chart-accuracy"]["traces"][0]["y"].count(None) == 1
 
 
 @pytest.mark.parametrize("text", ["</script><script>console.error('out')</script>", "<img src=x onerror=alert(1)>"])

@@ -260,8 +260,11 @@ def test_every_link_inside_the_site_leads_somewhere(site: Path, parsed: dict[Pat
     assert {*made_up, "evidence/quickstart.json", *(f"{page}.html" for page in named)} <= checked
 
 
-def test_the_navigation_holds_every_method_by_kind(site: Path) -> None:
-    text = (site / "methods" / "index.html").read_text()
+def test_every_method_is_in_the_table_and_beside_the_others_of_its_kind(site: Path) -> None:
+    table = (site / "methods" / "index.html").read_text()
+    beside: dict[str, str] = {}
     for entry in catalogue.entries():
-        target = pages.address(entry.kind, entry.name).removeprefix("methods/").replace(".md", ".html")
-        assert text.count(f'href="{target}"') >= 2, target  # the navigation and the table
+        target = pages.address(entry.kind, entry.name).replace(".md", ".html")
+        assert f'href="{target.removeprefix("methods/")}"' in table, target
+        beside.setdefault(entry.kind, (site / target).read_text())  # the navigation shows the kind that one is in
+        assert f'href="{Path(target).name}"' in beside[entry.kind], target

@@ -92,12 +92,11 @@ def _charts(logs: Logs, counted: str) -> list[dict[str, Any]]:
         charts.append(figure("loss", per, traces, xaxis=axis, yaxis=steep(losses), wide=True, legend=True))
     charts += _rollouts(rows, axis)
     for name in sorted({key for e in evaluations for key in e} - {"step", "loss"}):
-        kept = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
-        if not kept:
+        if not (kept := logs.by_stage("evaluations", name)):
             continue
         title = heading(name) + (" of generated answers" if parts.find("metric", name) else "")
         percent = {"tickformat": ".0%", "range": [-0.02, 1.02]} if is_share(name) else {}
-        traces = [_trace("points", 1, heading(name).lower(), *zip(*kept, strict=True))]
+        traces = [_trace("points", 1, heading(name).lower(), *_with_gaps(kept))]
         charts.append(figure(name, title, traces, xaxis=axis, yaxis=percent))
     if rows:
         speeds = [row["tokens"] / row["seconds"] if row["seconds"] else None for row in rows]
