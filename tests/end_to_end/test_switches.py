@@ -15,6 +15,7 @@ from hone import resume
 from hone.engine import stage
 from hone.engine.checkpoint import read_state
 from hone.errors import DataError
+from hone.text.model import LanguageModel
 from hone.text.starts import Pretrained
 
 
@@ -148,6 +149,44 @@ def test_double_precision_reaches_every_file(tiny_model: Path, qa_file: Path, tm
         made = hone("export", out, "--to", "hf")
         assert made.status == 0, made.err
         assert {tensor.dtype for tensor in weights(out / "export-hf").values()} == {torch.float64}
+
+
+HELD: list[dict[str, Any]] = [
+    {"name": "lora", "rank": 4}, {"name": "lora", "rank": 4, "bias": "all", "train_also": ["norm", "embed_tokens"]},
+    {"name": "pissa", "rank": 2}, {"name": "qlora", "rank": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", HELD, ids=lambda adapter: "-".join(map(str, adapter.values())))
+def test_a_base_that_stays_frozen_is_read_in_the_precision_it_is_stored_in(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: dict[str, Any]
+) -> None:
+    """A base in bf16 takes two bytes a weight from the beginning, and the run is that of its values in float32."""
+    base = LanguageModel.load(tiny_model, dtype=torch.bfloat16)
+    base.save(tmp_path / "half")
+    base.hf.float()
+    base.save(tmp_path / "whole")
+    load, read = LanguageModel.load, list[torch.dtype]()
+
+    def watched(path: Path, **options: Any) -> LanguageModel:
+        read.append(options["dtype"])
+        return load(path, **options)
+
+    monkeypatch.setattr(LanguageModel, "load", watched)
+    for name in ("half", "whole"):
+        train(tmp_path / name, qa_file, tmp_path / f"run-{name}", adapter=adapter, precision="bf16", steps=3)
+    assert read == [torch.bfloat16, torch.float32]
+    one, other = (weights(tmp_path / f"run-{name}" / "model") for name in ("half", "whole"))
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+    assert equal(one, other)
+
+
+def test_weights_that_train_are_read_in_float32(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
+    LanguageModel.load(tiny_model, dtype=torch.bfloat16).save(tmp_path / "half")
+    train(tmp_path / "half", qa_file, tmp_path / "run", adapter="full", precision="bf16", steps=2)
+    found = weights(tmp_path / "run" / "model")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in found.values())
 
 
 def test_a_resolved_recipe_keeps_what_was_switched_off(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from hone.engine.loop import Player, Run
 from hone.engine.manifest import folder_hash
 from hone.engine.progress import Display
 from hone.recipe import Recipe
+from hone.text.loading import stored_dtype
 from hone.text.model import LanguageModel, shipped_base
+from hone.text.starts import Pretrained
 
 
 @dataclass
@@ -129,12 +131,7 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
             one.layout()
     start, objective = recipe.build("model"), recipe.build("objective")
     adapter = recipe.build("adapter")
-    # A base in few bits need not fit the device as it was: it is quantised where it was read, and moved then.
-    home = cluster.device if getattr(adapter, "quantize", "none") == "none" else torch.device("cpu")
-    model = start.load(device=home, dtype=cluster.dtype, data=source)
-    model.checkpoint_layers(recipe.recompute)
-    if not recipe.packing:
-        model.packs = False
+    model = _load(start, adapter, recipe, cluster, source)
     _introduce(model, start, objective, source, eval_source)
     context = adapter.room(model.context)
 
@@ -174,8 +171,24 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     return Bench(run, adapter, data, eval_data, general_data, metrics, sampler, solvers, distances, base, setup_seconds)
 
 
+def _load(start: Any, adapter: Any, recipe: Recipe, cluster: Cluster, source: Source) -> LanguageModel:
+    """Return the model that a run starts from, before anything is attached to it."""
+    # A base in few bits need not fit the device as it was: it is quantised where it was read, and moved then.
+    home = cluster.device if getattr(adapter, "quantize", "none") == "none" else torch.device("cpu")
+    # A base that stays frozen in bf16 is read in it: in float32 one of 7 billion parameters takes 28 GB, not 14.
+    frozen = cluster.precision == "bf16" and not adapter.saves_base and isinstance(start, Pretrained)
+    dtype = stored_dtype(start.path, cluster.dtype) if frozen else cluster.dtype
+    model: LanguageModel = start.load(device=home, dtype=dtype, data=source)
+    model.checkpoint_layers(recipe.recompute)
+    if not recipe.packing:
+        model.packs = False
+    return model
+
+
 def _narrow(model: LanguageModel) -> None:
-    """Hold a language model's frozen weights in bf16: autocast would cast them anew in every forward pass.
+    """Hold a language model's frozen weights in bf16, in which it may have been read, and what trains in float32.
+
+    Autocast would cast frozen weights anew in every forward pass; steps of 1e-5 of a weight are lost in bf16.
 
     Not beside a tensor that trains in the same module, unless it is a layer of products, whose tensors autocast brings
     to one precision: a norm takes its weight and bias as they are, and on the CPU refuses two precisions.
@@ -186,8 +199,9 @@ def _narrow(model: LanguageModel) -> None:
     own = [list(module.parameters(recurse=False)) for module in model.modules() if layout_of(module) is None]
     whole = {id(p) for params in own if any(p.requires_grad for p in params) for p in params}
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in whole:
-            parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point():
+            wide = parameter.requires_grad or id(parameter) in whole
+            parameter.data = parameter.data.to(torch.float32 if wide else torch.bfloat16)
 
 
 def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Source) -> None:

@@ -83,6 +83,26 @@ def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedMod
     return model, load_tokenizer(source if has_tokenizer else base)
 
 
+def stored_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:
+    """Return bfloat16 where a model is stored in two bytes a weight, else the type that was asked for.
+
+    Args:
+        path: as for `find_model`. An adapter's base is read as asked for: merging would round it.
+        dtype: what a model in float32, or one that does not say, is read as.
+
+    Raises:
+        ModelError: there is no such model, or its configuration cannot be read.
+    """
+    source = find_model(path)
+    if (Path(source) / CONFIG_FILE).is_file():
+        return dtype
+    try:
+        stored = AutoConfig.from_pretrained(source, trust_remote_code=False).dtype
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"the configuration of '{source}' cannot be read: {error}") from error
+    return torch.bfloat16 if stored in (torch.bfloat16, torch.float16) else dtype
+
+
 def _moved(adapter: Path, base: Path) -> str:
     """Return where the base of an adapter lies when a run of several stages has been moved, "" when not in that run.
 
