@@ -179,6 +179,9 @@ def test_a_base_that_stays_frozen_is_read_in_the_precision_it_is_stored_in(
     one, other = (weights(tmp_path / f"run-{name}" / "model") for name in ("half", "whole"))
     assert {tensor.dtype for tensor in one.values()} == {torch.float32}
     assert equal(one, other)
+    again, last = hone("eval", tmp_path / "run-half", "--json"), rows(tmp_path / "run-half" / "evaluations.jsonl")[-1]
+    assert json.loads(again.out)["loss"] == pytest.approx(last["loss"], abs=1e-6), again.err
+    assert hone("sample", tmp_path / "run-half", "--prompt", "What does animal 3 say?").status == 0
 
 
 def test_weights_that_train_are_read_in_float32(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def assemble(recipe: Recipe, cluster: Cluster, display: Display, *, rehearsal: b
     setup_seconds = time.perf_counter() - began
     model.to(device=cluster.device)
     if cluster.precision == "bf16" and not adapter.saves_base and model.medium == "text":
-        _narrow(model)
+        narrow(model)
     cluster.align(model)
     if cluster.sharded:
         sharding.shard(model, cluster)
@@ -185,7 +185,7 @@ def _load(start: Any, adapter: Any, recipe: Recipe, cluster: Cluster, source: So
     return model
 
 
-def _narrow(model: LanguageModel) -> None:
+def narrow(model: LanguageModel, frozen: torch.dtype | None = torch.bfloat16) -> None:
     """Hold a language model's frozen weights in bf16, in which it may have been read, and what trains in float32.
 
     Autocast would cast frozen weights anew in every forward pass; steps of 1e-5 of a weight are lost in bf16.
@@ -195,13 +195,17 @@ def _narrow(model: LanguageModel) -> None:
 
     Not a denoiser's, into which the adapter is merged in the end: in bf16, 77% of the weights would not take a change
     of 1e-3 of their deviation.
+
+    Args:
+        model: the language model, its adapter attached.
+        frozen: what frozen weights are held in; None leaves them as they are.
     """
     own = [list(module.parameters(recurse=False)) for module in model.modules() if layout_of(module) is None]
     whole = {id(p) for params in own if any(p.requires_grad for p in params) for p in params}
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            wide = parameter.requires_grad or id(parameter) in whole
-            parameter.data = parameter.data.to(torch.float32 if wide else torch.bfloat16)
+        held = torch.float32 if parameter.requires_grad or id(parameter) in whole else frozen
+        if held is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(held)
 
 
 def _introduce(model: LanguageModel, start: Any, objective: Any, *sources: Source) -> None:

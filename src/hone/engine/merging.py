@@ -117,7 +117,7 @@ def opened(models: Sequence[str], room: Path) -> Iterator[list[Weights]]:
 
 def _write_whole(label: str, folder: Path) -> None:
     """Write a model, an adapter merged into its base, as a whole one."""
-    model, tokenizer = read_pretrained(label, torch.float32)
+    model, tokenizer, _ = read_pretrained(label, torch.float32)
     if attached(model):
         raise ModelError(
             f"'{label}' is an adapter that is no change of weights, so that it cannot be merged with others"

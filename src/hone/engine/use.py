@@ -15,7 +15,7 @@ from hone.data.sample import Message, Sample
 from hone.diffusion.saved import denoiser_folder
 from hone.diffusion.use import evaluate_arrays, sample_arrays
 from hone.engine import evaluate
-from hone.engine.assemble import acquaint, evaluation_data
+from hone.engine.assemble import acquaint, evaluation_data, narrow
 from hone.engine.checkpoint import SUMS, staged
 from hone.engine.devices import Cluster
 from hone.engine.folder import RunFolder
@@ -67,8 +67,8 @@ def sample_run(
         if prompts:
             raise HoneError("this run's model draws arrays and takes no --prompt; say how many with --samples")
         return sample_arrays(path, Path(folder), recipe, 64 if samples == 1 else samples, seed)
-    cluster = Cluster()
-    model = LanguageModel.load(str(folder), device=cluster.device)
+    cluster = Cluster(precision="auto" if recipe is None else recipe.precision)
+    model = _loaded(folder, cluster)
     objective = None if recipe is None else ready_objective(recipe, model, Path(folder))
     if objective is not None and not objective.generates:
         if not prompts:
@@ -76,7 +76,8 @@ def sample_run(
                 f"this run's model does not answer but judges; give it texts with --prompt 'some text', or judge the "
                 f"held-out data: hone eval {path}"
             )
-        said = objective.verdicts(model, prompts)
+        with cluster.autocast():
+            said = objective.verdicts(model, prompts)
         return [{"prompt": text, "answers": [verdict]} for text, verdict in zip(prompts, said, strict=True)]
     if prompts:
         turns = [(Message("user", text),) if chat else text for text in prompts]
@@ -91,14 +92,26 @@ def sample_run(
         raise HoneError("give a prompt: hone sample FOLDER --prompt 'some text'")
     sampler = Sampling(temperature=temperature) if temperature > 0 else Greedy()
     answering = generate if objective is None else objective.generate
-    made = answering(
-        model, [model.renderer.prompt_ids(s) for s in asked], samples=samples, max_new_tokens=max_new_tokens,
-        sampler=sampler, stop=model.renderer.stop_ids, seed=seed,
-    )  # fmt: skip
+    with cluster.autocast():
+        made = answering(
+            model, [model.renderer.prompt_ids(s) for s in asked], samples=samples, max_new_tokens=max_new_tokens,
+            sampler=sampler, stop=model.renderer.stop_ids, seed=seed,
+        )  # fmt: skip
     return [
         {"prompt": evaluate.show_prompt(s), "answers": [model.renderer.decode(g.tokens) for g in group]}
         for s, group in zip(asked, made, strict=True)
     ]
+
+
+def _loaded(folder: Path | str, cluster: Cluster) -> LanguageModel:
+    """Return a model as it was when it trained: in bf16 an adapter stays on its base, which is read as it is stored."""
+    beside = cluster.precision == "bf16" and (Path(folder) / CONFIG_FILE).is_file()
+    model = LanguageModel.load(str(folder), device=cluster.device, dtype=cluster.dtype, merge=not beside)
+    rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    if beside and rounded and model.adapter is not None:  # norms or biases of the base trained, in float32
+        narrow(model, frozen=None)
+        model.adapter.load(model.hf, Path(folder))
+    return model
 
 
 def ready_objective(recipe: Recipe, model: LanguageModel, folder: Path) -> Any:
@@ -138,7 +151,7 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     if denoiser_folder(folder.path / "model"):
         return evaluate_arrays(folder.path / "model", recipe)
     cluster = Cluster(recipe.device, recipe.precision)
-    model = LanguageModel.load(str(folder.path / "model"), device=cluster.device, dtype=cluster.dtype)
+    model = _loaded(folder.path / "model", cluster)
     objective = ready_objective(recipe, model, folder.path / "model")
     source, split = evaluation_data(recipe)
     start = recipe.build("model")

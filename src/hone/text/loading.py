@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hone.adapters.base import CONFIG_FILE, load_adapter, read_config
+from hone.adapters.base import CONFIG_FILE, Adapter, load_adapter, read_config
 from hone.errors import ModelError, nearest
 from hone.text.tokenizer import load_tokenizer
 
@@ -51,19 +51,22 @@ def find_model(path: str | Path) -> str:
     raise ModelError(f"there is no model folder '{path}'; {expected}" + (f" ({hint})" if hint else ""))
 
 
-def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
-    """Read a model and its tokenizer; an adapter is merged into its base where it can be, and stays on it elsewhere.
+def read_pretrained(
+    path: str | Path, dtype: torch.dtype, *, merge: bool = True
+) -> tuple[PreTrainedModel, Any, Adapter | None]:
+    """Return a model, its tokenizer, and its adapter where it stays on its base: others are merged into it.
 
     Args:
         path: as for `find_model`.
         dtype: of the weights.
+        merge: False leaves every adapter on its base, whose frozen weights are read as `stored_dtype` says.
 
     Raises:
         ModelError: something is missing, is not a causal language model, or does not fit.
     """
     source = find_model(path)
     if not (Path(source) / CONFIG_FILE).is_file():
-        return _read_model(source, dtype), load_tokenizer(source)
+        return _read_model(source, dtype), load_tokenizer(source), None
     base = read_config(Path(source)).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"'{path}' is an adapter whose {CONFIG_FILE} does not name its base_model_name_or_path")
@@ -73,14 +76,15 @@ def read_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedMod
         if not (moved := _moved(Path(source), Path(base))):
             raise ModelError(f"'{path}' is an adapter, and its base is missing: {error}") from error
         base = moved
-    model = _read_model(base, dtype)
+    model = _read_model(base, dtype if merge else stored_dtype(base, dtype))
     adapter = load_adapter(model, Path(source))
-    if not adapter.unmergeable:
+    merge = merge and not adapter.unmergeable
+    if merge:
         adapter.strip(model)
         for parameter in model.parameters():  # stripping froze them; a loaded model trains unless something says not to
             parameter.requires_grad_(parameter.is_floating_point())
     has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
-    return model, load_tokenizer(source if has_tokenizer else base)
+    return model, load_tokenizer(source if has_tokenizer else base), None if merge else adapter
 
 
 def stored_dtype(path: str | Path, dtype: torch.dtype) -> torch.dtype:

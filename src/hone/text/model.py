@@ -26,6 +26,7 @@ from hone.text.steering import Arranged, Steering, Wrap, steering_of, unsteered
 from hone.text.vocabulary import Head, token_logprobs
 
 if TYPE_CHECKING:
+    from hone.adapters.base import Adapter
     from hone.text.render import Renderer
 
 log = logging.getLogger("hone")
@@ -60,6 +61,7 @@ class LanguageModel(nn.Module):
         self._stock = hf.config._attn_implementation
         self._arranged: tuple[Packed, Steering | None, bool, Arranged] | None = None
         self.watchers: list[Callable[[Packed, Tensor], None]] = []  # shown each batch with its last hidden states
+        self.adapter: Adapter | None = None  # what was loaded and stays on its base
         self.extras = nn.ModuleDict()  # what an objective puts beside the network, e.g. a classification head
         with unsteered(hf):
             obstacle = find_obstacle(self)
@@ -74,6 +76,7 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         template: str | None = None,
+        merge: bool = True,
     ) -> LanguageModel:
         """Load a model with its tokenizer.
 
@@ -83,13 +86,16 @@ class LanguageModel(nn.Module):
             dtype: of the weights.
             device: where it computes.
             template: chat template: "chatml", the path of a .jinja file, or None for the tokenizer's own.
+            merge: False leaves an adapter on its base, which is read in bf16 where it is stored in two bytes a weight.
 
         Raises:
             ModelError: the model or its tokenizer is missing, or is not a causal language model.
         """
-        hf, tokenizer = read_pretrained(path, dtype)
+        hf, tokenizer, adapter = read_pretrained(path, dtype, merge=merge)
         hf.to(device)  # type: ignore[arg-type]
-        return cls(hf, tokenizer, template)
+        made = cls(hf, tokenizer, template)
+        made.adapter = adapter
+        return made
 
     @classmethod
     def fresh(cls, config: Mapping[str, Any], tokenizer: Any, *, template: str | None = None) -> LanguageModel:
