@@ -203,8 +203,11 @@ def test_a_key_follows_the_content_of_data_and_models_not_only_their_paths(tmp_p
     model = shutil.copytree(tiny_model, tmp_path / "model")
     before = key(model=str(model))
     assert key(model=str(model)) == before != key()
+    merged = {"name": "merged", "base": "stage:0", "models": ["stage:1", str(model)], "merger": "task-arithmetic"}
+    stages = {"steps": None, "stages": [{"steps": 1}, {"steps": 0, "model": merged}]}  # nothing is merged yet
+    made = key(**stages)
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[::-1])
-    assert key(model=str(model)) != before
+    assert key(model=str(model)) != before and key(**stages) != made
 
 
 def test_a_key_follows_the_code_of_the_named_parts_and_stages(monkeypatch: pytest.MonkeyPatch) -> None:

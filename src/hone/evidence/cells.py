@@ -161,10 +161,10 @@ def _model_state(recipe: Recipe) -> list[Any]:
     """Return names, sizes and times of the files of the starting model: hashing many gigabytes takes too long."""
     from hone.text.loading import shipped_base
 
+    if "stage:" in json.dumps(recipe.model):  # what an earlier stage will have made, and perhaps merged with others
+        return [recipe.model, *_files(recipe.model)]
     if opt.split_spec("model", recipe.model)[0] == "merged":  # its name is a hash of what is merged
         return [recipe.build("model").path]
-    if "stage:" in json.dumps(recipe.model):  # what an earlier stage will have made of the models of others here
-        return [recipe.model]
     path = getattr(recipe.build("model"), "path", "")
     folder = shipped_base() if path == "base" else Path(path).expanduser() if path else None
     if folder is None or not folder.is_dir():
@@ -176,7 +176,11 @@ def _model_state(recipe: Recipe) -> list[Any]:
 
 def _others(recipe: Recipe) -> list[Any]:
     """Return names, sizes and times of the files of other models that a recipe names: rewards, teachers, evaluators."""
-    named = {name: value for name, value in recipe.plain().items() if name not in (*DATA_FIELDS, "model", "out")}
+    return _files({n: value for n, value in recipe.plain().items() if n not in (*DATA_FIELDS, "model", "out")})
+
+
+def _files(named: Any) -> list[Any]:
+    """Return names, sizes and times of the files of every model that a nested value names."""
     found: list[Any] = []
     for text in sorted(set(_texts(named))):
         path = Path(text).expanduser()

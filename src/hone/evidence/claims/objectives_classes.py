@@ -162,6 +162,8 @@ def reward_model_margin(scratch: Path) -> Trial:
 
     Task: the shipped model learns in 60 steps to prefer right worked solutions to those with one to three wrong digits,
     their number being the margin; the share of 100 other pairs whose right solution has the larger reward.
+
+    Finding: 0.760 against 0.794 in the mean, with an interval from -0.076 to 0.008: not told apart.
     """
     return Trial(
         recipe=PAIRS, baseline=PAIRED, paper=_LLAMA,
@@ -176,6 +178,9 @@ def reward_model_centring(scratch: Path) -> Trial:
 
     Task: as for margin; the distance of the mean reward of held-out answers from 0, and the accuracy, which may be
     lower by five points at most.
+
+    Finding: the mean reward of an answer lies 0.09 from 0, against 1.24, as claimed; accuracy 0.780 against 0.794, with
+    an interval that reaches beyond the margin.
     """
     return Trial(
         recipe=PAIRS, baseline=PAIRED, figures=_middle, paper=_HERDING,

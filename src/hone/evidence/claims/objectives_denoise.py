@@ -92,6 +92,9 @@ def ul2_mixture_fills(scratch: Path) -> Trial:
 
     Task: as for UL2R's infilling, all seven denoisers against cut texts alone; "go_on", the mean loss of a token in the
     last quarter of a text, may be higher by 0.1 at most.
+
+    Finding: gaps cost 1.88 nats a token against 3.93, as claimed; going on costs 0.117 more, a hair beyond the margin
+    of 0.1: the mixture spends a seventh of 40 steps on it.
     """
     return Trial(
         recipe=MORE, baseline=_measured("cut texts", {"name": "ul2", "denoisers": [CUT]}), method=MIXTURE,

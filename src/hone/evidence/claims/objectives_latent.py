@@ -148,6 +148,8 @@ def sequence_match_loss_matters(scratch: Path) -> Trial:
     """With the same deletions to learn from, the divergence gives more right answers than the likelihood.
 
     Task: as for more-right; the baseline (behavioural cloning) has the same noise and deletions, and alpha 0.
+
+    Finding: 0.367 against 0.322 over three seeds, with an interval from -0.019 to 0.108.
     """
     cloning = {**MATCH, "alpha": 0.0, "gamma": 1.0}
     return Trial(

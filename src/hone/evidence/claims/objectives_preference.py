@@ -32,6 +32,9 @@ def ipo_stays_near(scratch: Path) -> Trial:
 
     Task: the shipped model learns from pairs of its own right and wrong answers in 25 steps; forgetting is the rise of
     the loss on held-out pages of Python's documentation; answers are sampled at the temperature that made the pairs.
+
+    Finding: neither side forgets (0.026 and 0.022 nats on pages of documentation), so that there is nothing to stay
+    nearer to; accuracy 0.448 against 0.462, with an interval wider than the margin.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("IPO", "ipo", beta=BETA),
@@ -45,6 +48,9 @@ def kto_as_well_as_pairs(scratch: Path) -> Trial:
     """KTO, which sees each answer by itself, aligns as well as DPO does with pairs.
 
     Task: as for IPO; the accuracy may be lower by 0.05 at most.
+
+    Finding: 0.473 against 0.462 in the mean; the interval over five seeds of 120 answers each (-0.061 to 0.071) is
+    wider than the margin.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("KTO", "kto", beta=BETA), checks=(AS_WELL,),
@@ -80,6 +86,10 @@ def orpo_one_stage(scratch: Path) -> Trial:
     """An odds ratio beside the likelihood gives more right answers than the likelihood alone, in one stage.
 
     Task: as for IPO; the baseline learns the right answers of the same pairs.
+
+    Finding: 0.397 against 0.380: the direction is the paper's, its size is not shown. Right answers are likely already;
+    what accuracy lacks at this temperature is that wrong ones become less so, which a mean log-probability changes
+    little.
     """
     return Trial(
         recipe=TASK, baseline=SFT, method=_side("ORPO", "orpo"), checks=(BETTER,),
@@ -92,6 +102,10 @@ def simpo_beats_dpo(scratch: Path) -> Trial:
     """The mean log-probability as the reward, with a margin and without a reference, beats DPO.
 
     Task: as for IPO, each side at its best of three learning rates.
+
+    Finding: 0.440 against 0.463, both best at the lowest rate. Answers are drawn at temperature 1.5, so that accuracy
+    follows how improbable wrong ones become; DPO with a beta of 1 on sums pushes harder than a mean of
+    log-probabilities does. At the rate that suits DPO's first seeds (3e-4) SimPO had 0.377.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("SimPO", "simpo"), checks=(BETTER,), tune=RATES,
@@ -106,6 +120,10 @@ def cpo_without_a_reference(scratch: Path) -> Trial:
 
     Task: as for IPO, each side at its best of three learning rates; "better" is the mean log-probability of a token of
     the preferred held-out answers.
+
+    Finding: 0.382 against 0.463, which is where fine-tuning on the right answers ends (0.380), and the right answers
+    are less likely by 0.027 nats a token. The contrast at the default beta of 0.1 adds little to the likelihood, whose
+    best rate is three times DPO's.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("CPO", "cpo"), tune=RATES, metric="accuracy",
@@ -122,6 +140,9 @@ def apo_says_which_way(scratch: Path) -> Trial:
     """APO-zero makes preferred answers likelier than DPO does, which may lower both of a pair.
 
     Task: as for IPO; "better" is the mean log-probability of a token of the preferred held-out answers.
+
+    Finding: preferred answers are as likely as under DPO (-0.094 and -0.093 nats a token): DPO does not lower them on
+    this task, since pairs are the model's own answers and few steps are made.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("APO-zero", "apo", beta=BETA),
@@ -152,6 +173,9 @@ def sppo_beats_dpo(scratch: Path) -> Trial:
 
     Task: as for IPO, each side at its best of three learning rates; "better" is the mean log-probability of a token of
     the preferred held-out answers.
+
+    Finding: preferred answers are likelier by 0.003 nats a token, as claimed; accuracy is 0.438 against 0.463. The loss
+    regresses log-ratios to one half, where DPO goes on pushing wrong answers down.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("SPPO", "sppo", beta=BETA), tune=RATES, metric="accuracy",
@@ -165,6 +189,8 @@ def exo_beats_dpo(scratch: Path) -> Trial:
     """The reverse instead of the forward divergence to the labels beats DPO.
 
     Task: as for IPO.
+
+    Finding: 0.455 against 0.462: no difference that five seeds of 120 answers could show.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("EXO", "exo", beta=BETA), checks=(BETTER,),
@@ -177,6 +203,9 @@ def discopop_beats_dpo(scratch: Path) -> Trial:
     """The loss that a language model's search found beats DPO.
 
     Task: as for IPO, each side at its best of three learning rates.
+
+    Finding: 0.417 against 0.463, each at its best rate. As a pair is ordered its loss goes over from the logistic one
+    to an exponential that falls off faster, so that it stops earlier than DPO.
     """
     return Trial(
         recipe=TASK, baseline=DPO, method=_side("DiscoPOP", "discopop", beta=BETA), checks=(BETTER,), tune=RATES,
@@ -196,6 +225,8 @@ def rso_beats_slic(scratch: Path) -> Trial:
     """A hinge on the likelihood normalised by a reference beats SLiC, whose hinge is on the likelihood itself.
 
     Task: as for IPO; the pairs are the same on both sides, so that the paper's sampling plays no part.
+
+    Finding: 0.447 against 0.360, as claimed; SLiC ends below fine-tuning on the right answers (0.380).
     """
     return Trial(
         recipe=TASK, baseline=SLIC, method=_side("hinge with a reference", "rso", beta=BETA), checks=(BETTER,),
@@ -208,6 +239,8 @@ def slic_beats_likelihood(scratch: Path) -> Trial:
     """Calibrating likelihoods on preferences gives more right answers than the likelihood alone.
 
     Task: as for IPO; the baseline learns the right answers of the same pairs.
+
+    Finding: 0.360 against 0.380: not told apart. The hinge is satisfied where the model orders a pair already.
     """
     return Trial(
         recipe=TASK, baseline=SFT, method=SLIC, checks=(BETTER,),
@@ -241,6 +274,9 @@ def rrhf_ranking_beats_likelihood(scratch: Path) -> Trial:
     """Ranking answers by their likelihood gives more right answers than the likelihood alone.
 
     Task: as for IPO, on lists of all answers; the baseline learns the right answers of pairs.
+
+    Finding: 0.380 on both sides. Its hinge on mean log-probabilities is 0 for pairs in the right order, as most are
+    here.
     """
     return Trial(
         recipe=LISTS, baseline=SFT, method=_side("RRHF", "rrhf"), checks=(BETTER,),
@@ -364,6 +400,10 @@ def dpo_conservative_with_flips(scratch: Path) -> Trial:
     """Smoothed labels learn more from a share of flipped ones than plain DPO.
 
     Task: as for MM-DPO, with the share of 0.3 known, each side at its best of three learning rates.
+
+    Finding: 0.857 against 0.937 of clean pairs in order, each at its best rate. Smoothed labels end at a margin of
+    log(0.7 / 0.3) = 0.85, above which right pairs push back; in 25 steps DPO has not begun to learn the flipped ones by
+    heart, which is what smoothing guards against. The unbiased form does better than both at the task's own rate.
     """
     return Trial(
         recipe=noisy_pairs(scratch), baseline=DPO, checks=(NOISY,), tune=RATES,

@@ -54,6 +54,8 @@ def focal_hard_tokens(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort from a hundred worked examples, most of whose tokens repeat the prompt; the
     accuracy of generated answers to new problems.
+
+    Finding: 0.377 against 0.330 in the mean, with an interval of 10 points either way.
     """
     return _against_sft(LITTLE, "focal", ("Focal Loss for Dense Object Detection", "arXiv:1708.02002"))
 
@@ -63,6 +65,8 @@ def weighted_rare_tokens(scratch: Path) -> Trial:
     """Weights that let rare tokens count more raise the quality of what is generated.
 
     Task: as for focal; tokens weigh the square root of the inverse of their count.
+
+    Finding: 0.340 against 0.330, with an interval of 9 points either way.
     """
     paper = ("Token-level Adaptive Training for Neural Machine Translation", "arXiv:2010.04380")
     return _against_sft(LITTLE, "weighted", paper, frequency=0.5)
@@ -74,6 +78,9 @@ def dynamic_ft_generalises(scratch: Path) -> Trial:
 
     Task: as for focal. The shipped model cannot sort, so that the right tokens are improbable at first, which is where
     the method is at its weakest; the paper's models know mathematics from their pretraining.
+
+    Finding: 0.077 against 0.330. A token weighs what the model gives it, so that what it cannot do yet weighs next to
+    nothing and is learned late; the method wants a task that the model half knows, as the paper's do.
     """
     return _against_sft(LITTLE, "dynamic-ft", _DFT)
 
@@ -83,6 +90,8 @@ def neftune_better_answers(scratch: Path) -> Trial:
     """Noise on the embeddings in training makes the generated answers better.
 
     Task: as for focal, where a hundred examples are seen ten times each.
+
+    Finding: 0.367 against 0.330 in the mean, with an interval of 8 points either way.
     """
     return _against_sft(
         LITTLE, "neftune", ("NEFTune: Noisy Embeddings Improve Instruction Finetuning", "arXiv:2310.05914")
