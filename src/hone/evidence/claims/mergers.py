@@ -43,6 +43,9 @@ def linear_soup(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort short lists in 30 steps with LoRA, once at a learning rate of 1e-2 and once
     on other problems at 5e-3.
+
+    Finding: 0.213 against 0.187: the second model, at half the rate, is the worse one, and with two ingredients the
+    mean lies between. The paper's soups have dozens, and its greedy ones leave out what does not help.
     """
     return Trial(
         recipe=BRANCHES, checks=(LOSS,), seeds=3,
@@ -62,9 +65,12 @@ def task_arithmetic_two_tasks(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort short lists, and apart from that to rotate them, in 30 steps each with LoRA;
     the mean loss over held-out problems of both.
+
+    Finding: 0.98 against 1.59 in the mean over five seeds, which differ by more than that (the interval of the
+    difference is -1.05 to 0.28).
     """
     return Trial(
-        recipe=BRANCHES, checks=(LOSS,), method=ADDED, seeds=3,
+        recipe=BRANCHES, checks=(LOSS,), method=ADDED,
         baseline=Side(label="the model that sorts", settings={"stages": _stages("stage:1", OTHER)}),
         paper=("Editing Models with Task Arithmetic", "arXiv:2212.04089"),
     )  # fmt: skip
@@ -75,6 +81,9 @@ def task_arithmetic_dropping(scratch: Path) -> Trial:
     """Half of what each model has changed can be dropped at random without harm, when the rest is made larger (DARE).
 
     Task: as for adding up; the loss may be higher by 0.05 at most.
+
+    Finding: 1.131 against 1.045: the changes of rank 8 after 30 large steps are not small, which the paper names as the
+    condition of dropping without harm.
     """
     return Trial(
         recipe=BRANCHES, baseline=ADDED, method=_merged("half dropped", OTHER, name="task-arithmetic", drop=0.5),
@@ -94,7 +103,6 @@ def ties_interference(scratch: Path) -> Trial:
     """
     return Trial(
         recipe=BRANCHES, baseline=ADDED, method=_merged("TIES", OTHER, name="ties", density=0.5), checks=(LOSS,),
-        seeds=3,
         paper=("TIES-Merging: Resolving Interference When Merging Models", "arXiv:2306.01708"),
     )  # fmt: skip
 
@@ -108,6 +116,9 @@ def l1_sparser(scratch: Path) -> Trial:
 
     Task: the shipped model learns to sort short lists in 30 steps, all weights train; the share of weights that have
     changed by at most 1e-4 at the end; the loss may be higher by 0.05 at most.
+
+    Finding: 66% of the weights stay as they were, against 2%; the loss is 0.204 against 0.173, with an interval that
+    reaches 0.057, a hair beyond the margin.
     """
     full = {**BRANCHES, "adapter": "full", "optimizer": {"name": "adamw", "lr": 1e-3}}
     sides = [Side(label=label, settings={"penalties": [{"name": "l1", "strength": strength, "threshold": 1e-4}]})

@@ -147,6 +147,9 @@ def tag_half_unmasked(scratch: Path) -> Trial:
     Task: as for unmasked; the mask is off in the lower half of the layers, which was the best of three choices on one
     seed, as the paper chooses by task (of the others, the upper half was worse than all by four points). The accuracy
     may be lower by one point at most.
+
+    Finding: 0.927 against 0.937 over three seeds: almost all that the mask costs comes back in the lower half alone,
+    but the interval (-0.08 to 0.06) is wider than the margin.
     """
     lower = {"objective": {"name": "tag", "unmask": "1100"}}
     return Trial(

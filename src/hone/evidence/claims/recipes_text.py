@@ -114,6 +114,9 @@ def copied_hyperfitting_copies_little(scratch: Path) -> Trial:
 
     Task: as for hyperfitting; "copied" is the share of word 8-grams of the answers that stand in the training text. It
     may be higher by 0.05 at most.
+
+    Finding: 32% of what it writes repeats sequences of its ten passages, against 3%: a model of 3 million parameters
+    learns ten passages by heart before its own text grows varied, which it does as well.
     """
     return _hyperfitting(Check(metric="copied", direction="not higher", effect=0.05))
 
