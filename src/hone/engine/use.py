@@ -67,7 +67,9 @@ def sample_run(
         if prompts:
             raise HoneError("this run's model draws arrays and takes no --prompt; say how many with --samples")
         return sample_arrays(path, Path(folder), recipe, 64 if samples == 1 else samples, seed)
-    cluster = Cluster(precision="auto" if recipe is None else recipe.precision)
+    # On any device, which need not have the precision that the run asked for: only the lean one is looked for.
+    lean = recipe is None or recipe.precision in ("auto", "bf16")
+    cluster = Cluster(precision="auto" if lean else "float32")
     model = _loaded(folder, cluster)
     objective = None if recipe is None else ready_objective(recipe, model, Path(folder))
     if objective is not None and not objective.generates:
@@ -107,8 +109,8 @@ def _loaded(folder: Path | str, cluster: Cluster) -> LanguageModel:
     """Return a model as it was when it trained: in bf16 an adapter stays on its base, which is read as it is stored."""
     beside = cluster.precision == "bf16" and (Path(folder) / CONFIG_FILE).is_file()
     model = LanguageModel.load(str(folder), device=cluster.device, dtype=cluster.dtype, merge=not beside)
-    rounded = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
-    if beside and rounded and model.adapter is not None:  # norms or biases of the base trained, in float32
+    rounded = beside and any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    if rounded and model.adapter is not None:  # norms or biases of the base trained, in float32
         narrow(model, frozen=None)
         model.adapter.load(model.hf, Path(folder))
     return model
