@@ -302,7 +302,7 @@ def test_what_stands_beside_a_trained_bias_of_a_norm_keeps_its_precision() -> No
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=4, n_positions=32)).train()
     BitFit().attach(model)
-    assemble._narrow(model)
+    assemble.narrow(model)
     block = model.transformer.h[0]
     assert block.ln_1.weight.dtype == block.ln_1.bias.dtype == torch.float32
     assert block.mlp.c_fc.weight.dtype == model.lm_head.weight.dtype == torch.bfloat16  # autocast casts both operands
