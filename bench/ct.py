@@ -3,17 +3,19 @@
     python bench/ct.py [--rounds 3] [--steps 30] [--out FILE]
 
 Network: the U-shaped one of 48 channels on three levels, 64 random images of 1 x 32 x 32 a step, float32, Adam at 1e-4.
-Sides: `ict` and `ect` (hone's loop), `plain-ict` and `plain-ect` (the published training step as a loop of its own),
-`denoise` and `scm` (hone's loop: a plain denoising step, and one with a forward derivative), `kernels` (the share of an
-iCT step that is spent in convolutions and matrix products, from torch's profiler).
+Sides: `ict` and `ect` (a step of hone's loop and one of the published training step as a loop of its own, in turn),
+`scm` (in hone's loop: a step with a forward derivative and a plain denoising step, in turn), `kernels` (the share of an
+iCT step that is spent in convolutions and matrix products, from torch's profiler). Two programs take turns step by
+step in one process, and the ratio is the median over the pairs: in processes of their own, minutes apart, the drift of
+a machine's speed, 10%, drowned what there was to see.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,13 @@ def images() -> Any:
     return 0.5 * torch.randn(10 * BATCH, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-def hone_side(steps: int, objective: dict[str, Any], kind: str = "consistency") -> dict[str, float]:
-    """Train with hone's own loop."""
+def hone_step(steps: int, objective: dict[str, Any], kind: str = "consistency") -> Callable[[], Any]:
+    """Return a step of hone's own loop."""
     from hone.engine.loop import Trainer
 
     run = hone_run(steps, objective, kind)
     trainer = Trainer(run)
-    return timed(steps, lambda: trainer.train_step(next(run.loader)))
+    return lambda: trainer.train_step(next(run.loader))
 
 
 def hone_run(steps: int, objective: dict[str, Any], kind: str) -> Any:
@@ -72,8 +74,8 @@ def hone_run(steps: int, objective: dict[str, Any], kind: str) -> Any:
     return run
 
 
-def plain_side(steps: int, kind: str) -> dict[str, float]:
-    """Train by the published step of iCT or ECT, written out as a script would."""
+def plain_step(kind: str) -> Callable[[], Any]:
+    """Return the published step of iCT or ECT, written out as a script would."""
     import torch
 
     model, data = denoiser(), images()
@@ -109,7 +111,7 @@ def plain_side(steps: int, kind: str) -> dict[str, float]:
         loss.backward()
         optimizer.step()
 
-    return timed(steps, step)
+    return step
 
 
 def kernels_side(steps: int) -> dict[str, float]:
@@ -130,35 +132,40 @@ def kernels_side(steps: int) -> dict[str, float]:
     return {"share_in_kernels": inside / sum(e.self_cpu_time_total for e in events)}
 
 
-def timed(steps: int, step: Any) -> dict[str, float]:
-    """Return the median seconds of a step, and the peak memory."""
-    from side_by_side import whole_peak
+def in_turn(steps: int, ours: Callable[[], Any], other: Callable[[], Any]) -> dict[str, float]:
+    """Return the median seconds of two steps that take turns, and the median over the pairs of the other's to ours."""
+    pairs = [(seconds(ours), seconds(other)) for _ in range(steps)][WARM:]
+    first, second = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(that / this for this, that in pairs)
+    return {"seconds_per_step": first, "seconds_of_the_other": second, "ratio": ratio}
 
-    seconds = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-    return {"seconds_per_step": statistics.median(seconds[WARM:]), "peak_mib": whole_peak() / 2**20}
+
+def seconds(step: Callable[[], Any]) -> float:
+    """Return how long a step takes."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def derivative_side(steps: int) -> dict[str, float]:
+    """Run denoising steps and those of sCM in turn."""
+    plain = hone_step(steps, {"name": "denoise"}, "trigflow")
+    return in_turn(steps, plain, hone_step(steps, {"name": "scm"}, "trigflow"))
 
 
 SIDES = {
-    "ict": lambda steps: hone_side(steps, {"name": "ict"}),
-    "plain-ict": lambda steps: plain_side(steps, "ict"),
-    "ect": lambda steps: hone_side(steps, {"name": "ect"}),
-    "plain-ect": lambda steps: plain_side(steps, "ect"),
-    "denoise": lambda steps: hone_side(steps, {"name": "denoise"}, "trigflow"),
-    "scm": lambda steps: hone_side(steps, {"name": "scm"}, "trigflow"),
+    "ict": lambda steps: in_turn(steps, hone_step(steps, {"name": "ict"}), plain_step("ict")),
+    "ect": lambda steps: in_turn(steps, hone_step(steps, {"name": "ect"}), plain_step("ect")),
+    "scm": derivative_side,
     "kernels": kernels_side,
 }  # fmt: skip
 
 
 def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """Return what the sides' figures come to."""
-    step = {side: figures.get("seconds_per_step", 0.0) for side, figures in copy.deepcopy(found).items()}
     return {
-        "ict_speed_ratio": step["plain-ict"] / step["ict"], "ect_speed_ratio": step["plain-ect"] / step["ect"],
-        "derivative_cost": step["scm"] / step["denoise"], "share_in_kernels": found["kernels"]["share_in_kernels"],
+        "ict_speed_ratio": found["ict"]["ratio"], "ect_speed_ratio": found["ect"]["ratio"],
+        "derivative_cost": found["scm"]["ratio"], "share_in_kernels": found["kernels"]["share_in_kernels"],
     }  # fmt: skip
 
 

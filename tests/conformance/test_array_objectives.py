@@ -31,6 +31,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "denoise": [{"levels": "flow"}, {"levels": "trig-lognormal", "drop_labels": 0.5}],
     "ect": [{"huber": 0.03}],
     "cd": [{"guidance": 2.0}],
+    "multistep-cd": [{"steps": 3, "schedule": "flow", "decay": 0.0}],
     "scm": [{"teacher": "truth"}, {"adaptive": False}],
     "slct": [{"transport": False}],
     "scott": [{"adversarial": 0.5}],

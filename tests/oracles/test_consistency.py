@@ -30,9 +30,11 @@ from hone.objectives.consistency import (
 )
 from hone.objectives.continuous import ContinuousConsistency, SanaSprint, forward_derivative, tangent, trig_output
 from hone.objectives.latent_consistency import RobustConsistencyTraining, cauchy, nearest_noise
+from hone.objectives.multistep import MultistepDistillation
 from hone.objectives.noise_consistency import NoiseConsistency, quadrant
 from hone.objectives.stochastic_consistency import StochasticDistillation
 from hone.objectives.teachers import Truth
+from hone.options import build_part
 from oracles.small_denoisers import as_run, points, step_of, tiny
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -84,6 +86,58 @@ def test_eulers_step_has_a_lower_order():
     plain = taught(ConsistencyDistillation(teacher="truth", levels=31, step="euler"))
     euler = plain.loss(FlowMap(), batch())[0].item()
     assert euler > 10 * heun
+
+
+class SegmentMap(FlowMap):
+    """What leads in one step of first order from any level to the lower end of its segment on a Gaussian's flow."""
+
+    def __init__(self, ends: Tensor) -> None:
+        super().__init__()
+        self.ends = ends
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        sigma = sigma.reshape(-1, 1)
+        end = torch.stack([self.ends[self.ends < float(s) * (1 - 1e-9)].max() for s in sigma[:, 0]])[:, None]
+        there = MEAN + (x - MEAN) * ((SCALE**2 + end**2) / (SCALE**2 + sigma**2)).sqrt()
+        return (there - end / sigma * x) / (1 - end / sigma) + 0 * self.unused
+
+
+@pytest.mark.parametrize(("steps", "schedule"), [(2, "trig"), (3, "flow")])
+def test_distillation_in_segments_vanishes_at_the_exact_maps_to_their_ends(steps: int, schedule: Any):
+    losses = []
+    for levels in (12 * steps + 1, 24 * steps + 1, 48 * steps + 1):
+        torch.manual_seed(1)
+        objective = taught(MultistepDistillation(teacher="truth", levels=levels, steps=steps, schedule=schedule))
+        exact = SegmentMap(objective.ends(FlowMap()))
+        losses.append(objective.loss(exact, batch())[0].item())
+        assert objective.loss(FlowMap(), batch())[0].item() > 100 * losses[-1]  # all the way down is not what is sought
+    assert losses[0] / losses[1] > 2**4.5 and losses[1] / losses[2] > 2**4.5
+
+
+def test_ddim_with_the_exact_maps_of_the_segments_draws_along_the_flow():
+    objective = MultistepDistillation(teacher="truth", steps=3)
+    noisy = 10 * torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solver = build_part("solver", {"name": "ddim", "steps": 3, "schedule": "trig"})
+    exact = SegmentMap(objective.ends(FlowMap()))
+    drawn = solver.solve(lambda x, sigma: exact(x, sigma.expand(len(x))), noisy, solver.sigmas(exact), None)
+    torch.testing.assert_close(drawn, FlowMap()(noisy, torch.full((64,), 10.0, dtype=torch.float64)))
+
+
+def test_distillation_in_one_segment_is_consistency_distillation():
+    losses = []
+    for objective in (MultistepDistillation(teacher="truth", steps=1), ConsistencyDistillation(teacher="truth")):
+        torch.manual_seed(1)
+        losses.append(taught(objective).parts(denoiser(MLP(width=16, depth=2), (2,)), batch())[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-12)
+
+
+def test_no_level_of_a_grid_of_segments_is_beyond_the_end_that_it_stands_for():
+    model = SimpleNamespace(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    for steps, levels in itertools.product((1, 2, 3, 7), (2, 9, 18, 50)):
+        objective = MultistepDistillation(teacher="truth", steps=steps, levels=levels)
+        grid, ends = objective.grid(model, levels), objective.ends(model)
+        assert bool((grid.diff() > 0).all()) and set(ends[1:].tolist()) <= set(grid.tolist())
+        assert float(grid[0]) == model.sigma_min and float(grid[-1]) == float(ends[-1])
 
 
 def test_the_tangent_of_continuous_time_vanishes_at_the_exact_flow_map():

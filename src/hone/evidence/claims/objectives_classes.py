@@ -100,6 +100,8 @@ def classify_beats_writing(scratch: Path) -> Trial:
     Task: the shipped model sees a worked solution and tells which of 24 skills it shows; 40 steps of LoRA over the same
     2,000 texts, each side at its best of two learning rates by its own loss; the share of 200 other solutions that are
     told rightly, by the head's largest logit or by the generated name.
+
+    Finding: 0.83 against 0.67 over three seeds, both at the larger rate.
     """
     lora = {**SKILLS, "adapter": {"name": "lora", "rank": 12, "alpha": 32}, "max_new_tokens": 6}
     return Trial(
@@ -202,8 +204,8 @@ def ldr_noisy_labels(scratch: Path) -> Trial:
     Task: the shipped model learns to sort short lists in 60 steps; half of the training problems show the solution of
     another problem; the accuracy of generated answers to other problems.
 
-    Finding: 0.27 against 0.27 over five seeds, with an interval of 12 points either way; at half of the answers
-    wrong, both learn a quarter of the problems. The two losses are not comparable.
+    Finding: 0.28 against 0.29 over five seeds, with an interval of 12 points either way; at half of the answers wrong,
+    both learn a quarter of the problems. The two losses are not comparable.
     """
     noisy = {"name": "chains", "skills": ["sort"], "difficulty": 1, "noise": 0.5}
     recipe = {**SKILLS, "name": "noisy-sort", "data": noisy, "steps": 60, "eval_samples": 60, "max_new_tokens": 60,

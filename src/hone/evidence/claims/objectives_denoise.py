@@ -65,6 +65,9 @@ def ul2r_keeps_language(scratch: Path) -> Trial:
 
     Task: as for infilling; the loss of next tokens on held-out texts, causal and without a flag, may be higher by 0.05
     at most.
+
+    Finding: the loss of next tokens is 0.547 against 0.523 (higher by 0.020 to 0.028): within the margin, and told
+    apart.
     """
     return Trial(
         recipe=MORE, baseline=CAUSAL, method=RESTORED, tune=RATES, seeds=3, figures=_means,
@@ -79,6 +82,10 @@ def ul2r_goes_on(scratch: Path) -> Trial:
     Task: as for infilling; the mean loss of a token in the last quarter of a text, each side reading the beginning as
     it was trained to (UL2R behind its flag and in both directions), may be higher by 0.05 at most. Each side
     has the rate that keeps its general loss lowest, as for keeps-language.
+
+    Finding: 0.22 against 0.06 over three seeds at equal steps. The beginning of a text read in both directions is new
+    to a model that was trained from left to right, and half as many tokens are learned from in a step; the paper's
+    models take 20,000 steps of it.
     """
     return Trial(
         recipe=MORE, baseline=CAUSAL, method=RESTORED, tune=RATES, seeds=3, figures=_means,
@@ -162,6 +169,8 @@ def s2s_pseudo_masks(scratch: Path) -> Trial:
 
     Task: as for the pretrained start; the held-out loss of whole answers as they would be generated, which is the same
     quantity for both forms.
+
+    Finding: 0.70 against 0.93 over five seeds, lower with each.
     """
     return Trial(
         recipe=REVERSE, baseline=_form("masked"), method=PSEUDO, paper=_S2S,
