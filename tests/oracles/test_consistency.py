@@ -21,16 +21,15 @@ from hone.diffusion.mixture import Mixture
 from hone.diffusion.networks import MLP, DiT, UNet
 from hone.objectives import noise_consistency
 from hone.objectives.consistency import (
-    ConsistencyDistillation,
     ConsistencyTraining,
     EasyConsistencyTuning,
     ImprovedConsistencyTraining,
     lognormal_places,
     pseudo_huber,
 )
+from hone.objectives.consistency_distillation import ConsistencyDistillation, MultistepDistillation
 from hone.objectives.continuous import ContinuousConsistency, SanaSprint, forward_derivative, tangent, trig_output
 from hone.objectives.latent_consistency import RobustConsistencyTraining, cauchy, nearest_noise
-from hone.objectives.multistep import MultistepDistillation
 from hone.objectives.noise_consistency import NoiseConsistency, quadrant
 from hone.objectives.stochastic_consistency import StochasticDistillation
 from hone.objectives.teachers import Truth

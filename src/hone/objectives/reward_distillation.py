@@ -17,7 +17,8 @@ from hone.diffusion.levels import spread
 from hone.modes import frozen
 from hone.objectives.arrays import Positive
 from hone.objectives.base import Turn
-from hone.objectives.consistency import Count, Distillation
+from hone.objectives.consistency import Count
+from hone.objectives.consistency_distillation import Distillation
 from hone.objectives.reward_tuning import Rewarded
 from hone.objectives.teachers import add_player
 from hone.parts import part

@@ -12,7 +12,8 @@ from torch import Tensor
 from hone.diffusion.levels import spread
 from hone.objectives.arrays import Share
 from hone.objectives.base import Turn
-from hone.objectives.consistency import Distillation, huber_constant, pseudo_huber
+from hone.objectives.consistency import huber_constant, pseudo_huber
+from hone.objectives.consistency_distillation import Distillation
 from hone.objectives.judged import Judged
 from hone.parts import part
 
