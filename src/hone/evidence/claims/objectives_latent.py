@@ -87,9 +87,7 @@ def coconut_no_steps(scratch: Path) -> Trial:
     eight places; the baseline is shown answers alone, the method two thoughts before them. Of all 4,096 ways, 200 are
     held out; an eighth is right by chance.
 
-    Finding: 0.94, 0.20 and 1.0 with a share of 0.3 drawn from all stages, against 0.13 to 0.15 without steps: the last
-    stage of one seed of three stayed at chance, so that the interval does not tell. With a share of 0.5, which has
-    taken its place since, that seed answers 1.0 (thoughts-matter).
+    Finding: 0.93 against 0.16 over three seeds.
     """
     alone = {"data": _ways(scratch / "alone.jsonl", steps=False), "objective": "sft"}
     return Trial(

@@ -57,8 +57,7 @@ def paft_parallel(scratch: Path) -> Trial:
     Task: the shipped model learns to sort short lists in 30 steps, and which of its own answers to arithmetic are right
     in 12; the mean loss over held-out problems of both.
 
-    Finding: the merge's mean loss over both tasks is 0.008 lower over three seeds, with an interval of 0.03 either
-    way: side by side is as good as one after the other, not shown to be better.
+    Finding: a loss of 0.77 against 0.74 over the seeds (-0.06 to +0.12): neither order is told from the other.
     """
     model = {
         "name": "merged", "base": "stage:0", "models": ["stage:1", "stage:2"],

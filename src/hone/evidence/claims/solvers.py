@@ -112,6 +112,9 @@ def dpm_solver_pp(scratch: Path) -> Trial:
     """Fifteen multistep steps of order 2 draw better points than as many of order 1.
 
     Task: eight Gaussians on a ring, on the same levels.
+
+    Finding: 0.080 against 0.079 over five seeds: on points of two dimensions both orders are at the denoiser's own
+    error with fifteen steps.
     """
     paper = ("DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", "arXiv:2211.01095")
     return _against(with_solver("DDIM", "ddim", steps=15), with_solver("2M", "dpm-solver-pp", steps=15), paper)
@@ -122,6 +125,10 @@ def multistep_two(scratch: Path) -> Trial:
     """A consistency model draws better points in two steps than in one.
 
     Task: eight Gaussians on a ring, 2,000 steps of improved consistency training.
+
+    Finding: 0.194 in two steps against 0.172 in one over five seeds (-0.05 to +0.09): not shown. After 2,000 steps from
+    scratch the model errs more at the level between, 2.5, than noise of that level mends; tuned from a denoiser (ECT,
+    iCT in the table of generators) two steps are nearer than one.
     """
     model = {**RING["model"], "parameterisation": "consistency"}
     one, two = (with_solver(str(steps), "multistep", steps=steps) for steps in (1, 2))
@@ -330,6 +337,8 @@ def linear_guidance_near(scratch: Path) -> Trial:
     """Guesses in the place of most answers without a class keep half of the effect of guidance in 25 of 40 evaluations.
 
     Task: as for adaptive guidance.
+
+    Finding: 86% of the effect is kept in 25 evaluations.
     """
     return _guided(with_solver("linear", "linear-guidance", of=GUIDED), 0.5)
 
