@@ -128,6 +128,10 @@ def segments_beat_one(scratch: Path) -> Trial:
     """A model that is consistent in each of two segments draws better points in two steps than a consistency model.
 
     Task: eight Gaussians on a ring: a teacher of 2,000 steps, then 1,000 of distillation in two segments or in one.
+
+    Finding: 0.064 against 0.066 over five seeds: not told apart on points, where a teacher of 2,000 steps is what
+    limits both; on digits (the table of generators) two segments come to 0.95 of the distance of the teacher and one to
+    1.36.
     """
     fields: dict[str, Any] = {"steps": 1000, "optimizer": POINTS["optimizer"]}
     ddim = [{"name": "ddim", "steps": 2, "schedule": "trig"}]
