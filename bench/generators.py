@@ -125,7 +125,7 @@ def methods() -> list[Method]:
     paths = [
         Method("ECT", {"name": "ect"}, False), Method("iCT, tuned", {"name": "ict", "end": 160}, False),
         Method("CD", {"name": "cd"}), Method("CD, Euler (CoMoSpeech)", {"name": "cd", "step": "euler"}),
-        # What is learned at low levels has fewer neighbours to pass; 10, 12, 14 and 18 tried with the other seed.
+        # What is learned at low levels has fewer neighbours to pass; 10, 12 and 18 tried with the other seed.
         Method("CD, 12 levels", {"name": "cd", "levels": 12}),
         Method("CD in two segments", {"name": "multistep-cd", "levels": 15}, solvers=ddim(2, schedule="trig")),
         Method("SCott", {"name": "scott"}), Method("sCM", {"name": "scm"}),

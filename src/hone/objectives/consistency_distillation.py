@@ -120,19 +120,18 @@ class MultistepDistillation(ConsistencyDistillation):
     d(f(x_t, t), D),  D = (z - (s / t) x_t) / (1 - s / t),  z = D' + (s / r) (x_r - D'),  D' = f_mean(x_r, r)
 
     s is the lower end of the segment that holds t > r >= s, and z = x_r where r = s: D is what leads from x_t to z in
-    one step of first order. With one segment, s = 0, it is consistency distillation. The solver `ddim` with the same
-    steps and schedule takes one step for each segment.
+    one step of first order. With one segment, s = 0, it is consistency distillation. The levels of the grid are shared
+    evenly among the segments, and spaced in each as for the karras schedule. The solver `ddim` with the same steps and
+    schedule takes one step for each segment.
 
     Args:
         steps: segments, and evaluations of the sampler that this is for.
         schedule: how segments are spaced, as solvers have it: even in TrigFlow's time, which is the cosine schedule,
             or in that of flow matching.
-        levels: of the grid, shared evenly among the segments; spaced in each as for the karras schedule.
     """
 
     steps: Count = 2
     schedule: Literal["trig", "flow"] = "trig"
-    levels: Count = 18
 
     def ends(self, model: Any) -> Tensor:
         """Return the `steps` + 1 ascending ends of the segments, float64, from 0 to sigma_max.
@@ -140,9 +139,8 @@ class MultistepDistillation(ConsistencyDistillation):
         Args:
             model: the denoiser.
         """
-        return levels(
-            self.schedule, self.steps, model.sigma_min, model.sigma_max, sigma_data=model.sigma_data
-        ).flip(0)  # fmt: skip
+        spaced = levels(self.schedule, self.steps, model.sigma_min, model.sigma_max, sigma_data=model.sigma_data)
+        return spaced.flip(0)
 
     def grid(self, model: Any, count: int) -> Tensor:
         """Return ascending noise levels from sigma_min to sigma_max, about `count`, the ends of segments among them.
@@ -159,17 +157,6 @@ class MultistepDistillation(ConsistencyDistillation):
             inside = karras(each, float(low), float(high), self.rho)[1:-2].flip(0)
             grid += [inside, high[None]]  # the end itself: one that a rounding takes beyond it has no way to go
         return torch.cat(grid)
-
-    def pair(self, model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (t, r, weight), each (B,), with t > r.
-
-        Args:
-            model: the denoiser.
-            batch: B arrays.
-        """
-        grid = self.grid(model, self.levels)
-        later, sooner = self.neighbours(grid, even_places(self.uniform(batch, "pair").cpu(), len(grid)))
-        return later, sooner, torch.ones_like(later)
 
     def seen(self, model: Any, noisy: Tensor, later: Tensor, nearer: Tensor, sooner: Tensor, aim: Tensor) -> Tensor:
         """Return what leads from x_t to the end of its segment where the target leads from x_r (B, *shape).

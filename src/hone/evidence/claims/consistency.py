@@ -129,9 +129,9 @@ def segments_beat_one(scratch: Path) -> Trial:
 
     Task: eight Gaussians on a ring: a teacher of 2,000 steps, then 1,000 of distillation in two segments or in one.
 
-    Finding: 0.064 against 0.066 over five seeds: not told apart on points, where a teacher of 2,000 steps is what
-    limits both; on digits (the table of generators) two segments come to 0.95 of the distance of the teacher and one to
-    1.36.
+    Finding: 0.064 against 0.066 over five seeds: not told apart on points, where a teacher of 2,000 steps comes to
+    0.059 itself; on digits (the table of generators) two segments come to 0.95 of the distance of the teacher and one
+    to 1.36.
     """
     fields: dict[str, Any] = {"steps": 1000, "optimizer": POINTS["optimizer"]}
     ddim = [{"name": "ddim", "steps": 2, "schedule": "trig"}]

@@ -39,7 +39,7 @@ def pretrained_packing(scratch: Path) -> Trial:
     Task: 12 steps of the easy skills at difficulties 1 to 5, whose lengths differ by a factor of ten; both sides see
     the same samples in the same order.
 
-    Finding: the same loss at 1.9 times the tokens a second, on two processors with one thread each.
+    Finding: the same loss at 1.9 times the tokens a second.
     """
     data = {"name": "chains", "skills": ["easy"], "difficulty": [1, 2, 3, 4, 5]}
     return Trial(
