@@ -80,6 +80,13 @@ def test_empty_text(name, column, nothing):
     )
 
 
+@pytest.mark.parametrize("answer", ["This", [{"role": "assistant", "content": "This"}]])
+def test_a_pair_of_equal_answers(answer):
+    message = complaint(GOOD["pairs"], {**GOOD["pairs"], "chosen": answer, "rejected": answer})
+    says(message, "field 'rejected': expected an answer other than the chosen one, found the same answer twice")
+    says(message, "Remove the row")
+
+
 @pytest.mark.parametrize(
     ("turns", "parts"),
     [
