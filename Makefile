@@ -13,7 +13,7 @@ export PIP_CONSTRAINT ?= $(CONSTRAINTS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format evidence bench family generators docs clean
+.PHONY: help demo test lint style format evidence bench family generators docs clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,14 +21,15 @@ help:  ## say what there is
 demo: $(VENV)/.hone  ## train the shipped base model on a new skill, in a few minutes
 	$(BIN)/hone run quickstart
 
-test: lint  ## everything that must hold before a change goes in
-	$(BIN)/python -m pytest --ignore tests/guards -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: style  ## everything that must hold before a change goes in
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/.test  ## style, types, formatting and the project's own guards
+lint: style  ## style, types and the project's own guards
+	$(BIN)/python -m pytest tests/guards
+
+style: $(VENV)/.test  ## style and formatting
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
-	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/guards
 
 format: $(VENV)/.test  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix --select I src tests bench

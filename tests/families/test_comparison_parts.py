@@ -21,7 +21,7 @@ from hone.evidence.claims.tasks import GENERAL
 from hone.evidence.command import Request
 from hone.evidence.compare import compare, table
 from hone.evidence.contest import TUNING_SEED, better
-from hone.evidence.pool import Interrupted, LocalPool, Tick
+from hone.evidence.pool import Interrupted, Tick
 from hone.evidence.variants import Variant, expand, grid, read_settings
 from hone.files import write_whole
 from hone.recipe import Recipe
@@ -487,17 +487,3 @@ def test_the_table_shows_accuracies_as_percentages_and_a_lone_seed_without_inter
     assert [words[1] for words in shown] == ["80.0%", "20.0%"] and [words[2] for words in shown] == ["-", "-"]
     more = "\n".join(table(ask(Made(learned), "adapter.rank=2,8", seeds=3)))
     assert "+60 points: better (p " in more and "the baseline" in more
-
-
-@pytest.mark.parametrize(
-    ("asked", "found"),
-    [(None, [8, 4, 2, 1]), ("3", [3, 3, 2, 1]), ("1", [1] * 4), ("many", [8, 4, 2, 1]), ("0", [8, 4, 2, 1])],
-)
-def test_cells_share_the_cores_and_take_no_more_threads_than_were_asked_for(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, found: list[int]
-) -> None:
-    monkeypatch.setattr("hone.evidence.pool.cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    if asked is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert [LocalPool().threads(width) for width in (1, 2, 3, 9)] == found

@@ -20,6 +20,7 @@ from hone.errors import HoneError
 from hone.evidence import recheck
 from hone.evidence.cells import TO_READ, Store, content_key, judged
 from hone.evidence.layout import draws, sampling
+from hone.evidence.pool import LocalPool
 from hone.evidence.report import _pairs
 from hone.evidence.store import Evidence
 from hone.recipe import Recipe
@@ -148,3 +149,17 @@ def test_runs_that_failed_are_told_beside_a_verdict() -> None:
     evidence = Evidence("objective", "x", "y", "z", "not at this scale", "", Path("x.json"), record)
     assert evidence.trouble() == "some runs failed (1 of 3 pairs are compared)"
     assert any(line.strip().endswith("infinite gradients") for line in evidence.text())
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [(None, [8, 4, 2, 1]), ("3", [3, 3, 2, 1]), ("1", [1] * 4), ("many", [8, 4, 2, 1]), ("0", [8, 4, 2, 1])],
+)
+def test_cells_share_the_cores_and_take_no_more_threads_than_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, found: list[int]
+) -> None:
+    monkeypatch.setattr("hone.evidence.pool.cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert [LocalPool().threads(width) for width in (1, 2, 3, 9)] == found
