@@ -18,14 +18,15 @@ def test_equals_linear(shape: tuple[int, ...], bias: bool) -> None:
     assert made.is_contiguous()
 
 
-def test_plain_layers_alone_are_changed_and_given_back() -> None:
+def test_large_plain_layers_alone_are_changed_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(nn.Linear):
         pass
 
-    model = nn.Sequential(nn.Linear(4, 4), Other(4, 4), nn.Linear(4, 4).double())
+    monkeypatch.setattr("hone.text.narrow.LEAST_WEIGHTS", 16)
+    model = nn.Sequential(nn.Linear(4, 4), Other(4, 4), nn.Linear(4, 4).double(), nn.Linear(4, 3))
     other = nn.Sequential(nn.Linear(4, 4))
     with narrow_linears(model, other):
-        assert [("forward" in vars(layer)) for layer in (*model, *other)] == [True, False, False, True]
+        assert [("forward" in vars(layer)) for layer in (*model, *other)] == [True, False, False, False, True]
         with narrow_linears(model):  # what generates within a generation does not take the change away
             pass
         assert "forward" in vars(model[0])

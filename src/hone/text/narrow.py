@@ -1,8 +1,13 @@
 """Linear layers over the few rows of a decode step, on the CPU.
 
-For up to 64 rows x of a layer with weight W (out, in), the product W x^T takes a third to two thirds of the time of
-x W^T in MKL: with 16 rows and two threads of a Xeon, 107 against 164 us for 384 -> 1024, 114 against 336 us for
-1024 -> 384, 969 against 2143 us for 384 -> 8192. From 128 rows on there is no difference.
+For up to 64 rows x of a layer with weight W (out, in), MKL computes W x^T faster than x W^T where W is large. With 16
+rows and two threads, in microseconds of x W^T and of W x^T with the copy that turns it:
+
+    Intel Xeon    384 -> 1024  164, 107     1024 -> 384   336, 114     384 -> 8192   2143, 969
+    AMD EPYC      384 -> 1024  182, 196     1024 -> 1024  757, 467     384 -> 8192  5286, 2415
+
+Small layers lose by the copy (AMD EPYC, one thread: 192 -> 512 with 8 rows 40, 81), and from 128 rows on there is no
+difference.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 MOST_ROWS = 64
+LEAST_WEIGHTS = 2**18  # numbers in W from which on it pays
 
 
 def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -38,15 +44,15 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def narrow_linears(*models: nn.Module) -> Iterator[None]:
-    """Let the plain linear layers of models run as `narrow_linear` meanwhile, those in float32 on the CPU.
+    """Let the large linear layers of models run as `narrow_linear` meanwhile, those in float32 on the CPU.
 
     Args:
-        models: the networks. Layers of another type, such as quantised ones, and those that something else has already
-            taken over stay as they are.
+        models: the networks. Small layers, those of another type, such as quantised ones, and those that something else
+            has already taken over stay as they are.
     """
     modules = {module for model in models for module in model.modules()}
     plain = [module for module in modules if type(module) is nn.Linear and "forward" not in vars(module)]
-    changed = [layer for layer in plain if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32]
+    changed = [layer for layer in plain if _pays(layer.weight)]
     for layer in changed:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
     try:
@@ -54,6 +60,10 @@ def narrow_linears(*models: nn.Module) -> Iterator[None]:
     finally:
         for layer in changed:
             del layer.forward
+
+
+def _pays(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= LEAST_WEIGHTS
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -46,11 +46,12 @@ def soundctm_features(scratch: Path) -> Trial:
     unguided = {"name": "soundctm", "levels": 8, "decay": 0.98, "least": 1.0, "most": 1.0}
 
     def side(label: str, distance: str) -> Side:
-        return taught(label, {**unguided, "distance": distance}, steps=150)
+        jumps = [{"name": "gamma", "steps": 1}]
+        return taught(label, {**unguided, "distance": distance}, steps=150, solvers=jumps)
 
     tones: dict[str, Any] = {
         **POINTS, "data": "tones", "model": {"name": "denoiser", "network": {"name": "unet", "channels": 8}},
-        "steps": 500, "batch_tokens": 64, "eval_samples": 500, "solvers": [{"name": "gamma", "steps": 1}],
+        "steps": 500, "batch_tokens": 64, "eval_samples": 500, "solvers": [{"name": "heun", "steps": 18}],
     }  # fmt: skip
     return Trial(
         recipe=tones, baseline=side("squared", "squared"), method=side("features", "features"), metric="energy@1",
