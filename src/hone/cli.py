@@ -162,7 +162,12 @@ def compare(
     baseline: Annotated[str, typer.Option(help="Label of the variant to compare with; default the first.")] = "",
     general: Annotated[str, typer.Option(help="Text that shows forgetting; default pydocs; 'none' for none.")] = "",
     on: Annotated[str, typer.Option(help="Where cells run: local, ray, or ray:ADDRESS.")] = "local",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default what the machine allows.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cells at a time; default what the machine allows. OMP_NUM_THREADS bounds the threads of each."
+        ),
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run cells again that failed before.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where; default runs/compare-RECIPE-KEY.")] = None,
     overrides: Set = [],  # noqa: B006
@@ -190,7 +195,12 @@ def verify(
     ] = False,
     show_only: Annotated[bool, typer.Option("--list", help="Name the claims, run nothing.")] = False,
     on: Annotated[str, typer.Option(help="Where cells run: local, ray, or ray:ADDRESS.")] = "local",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Cells at a time; default what the machine allows.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cells at a time; default what the machine allows. OMP_NUM_THREADS bounds the threads of each."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where results go; default the project's docs/evidence/claims.")
     ] = None,
