@@ -92,6 +92,10 @@ def dpm_solver_ten(scratch: Path) -> Trial:
     """In ten evaluations, steps of order 3 draw better points than DDIM's on the same spacing.
 
     Task: eight Gaussians on a ring, levels even in their log from 80 to 0.002, which are four levels for order 3.
+
+    Finding: 0.62 against 0.10: at this spacing each of three steps of order 3 spans a factor of 34 in the level, too
+    wide for narrow Gaussians. With the exact score, and so without a network, it was 0.25 against 0.08; from 80 to 0.01
+    0.07 against 0.07; in 19 evaluations 0.00 against 0.03.
     """
     ddim = with_solver("DDIM", "ddim", steps=10, schedule="log")
     return _against(ddim, with_solver("DPM-Solver-3", "dpm-solver", steps=4, order=3), DPM)

@@ -43,15 +43,18 @@ def soundctm_features(scratch: Path) -> Trial:
 
     Task: synthetic spectrograms of a given pitch, a teacher of 500 steps and a student of 150, without guidance.
     """
-    unguided = {"name": "soundctm", "levels": 8, "decay": 0.98, "least": 1.0, "most": 1.0}
 
     def side(label: str, distance: str) -> Side:
+        student = {"name": "soundctm", "teacher": "stage:1", "levels": 8, "decay": 0.98, "least": 1.0, "most": 1.0}
         jumps = [{"name": "gamma", "steps": 1}]
-        return taught(label, {**unguided, "distance": distance}, steps=150, solvers=jumps)
+        return Side(label=label, settings={"stages": [
+            {**TEACHER, "steps": 500}, {"name": "student", "steps": 150, "objective": {**student, "distance": distance},
+                                        "solvers": jumps},
+        ]})  # fmt: skip
 
     tones: dict[str, Any] = {
         **POINTS, "data": "tones", "model": {"name": "denoiser", "network": {"name": "unet", "channels": 8}},
-        "steps": 500, "batch_tokens": 64, "eval_samples": 500, "solvers": [{"name": "heun", "steps": 18}],
+        "batch_tokens": 64, "eval_samples": 500, "solvers": [{"name": "heun", "steps": 18}],
     }  # fmt: skip
     return Trial(
         recipe=tones, baseline=side("squared", "squared"), method=side("features", "features"), metric="energy@1",
