@@ -196,6 +196,8 @@ def gamma_zero(scratch: Path) -> Trial:
     """Eight jumps that add no noise draw better points than eight that renew it all.
 
     Task: eight Gaussians on a ring; a denoiser, 1,500 steps, and a trajectory model that it teaches, 1,500 more.
+
+    Finding: 0.057 against 0.069 (-0.035 to 0.010 in the difference): nearer, and not told apart in five seeds.
     """
     student = {"name": "student", "objective": {"name": "ctm", "teacher": "stage:1", "levels": 10, "decay": 0.99}}
     stages = [{"name": "teacher", "solvers": [{"name": "heun", "steps": 18}]}]
