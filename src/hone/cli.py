@@ -22,6 +22,12 @@ app = typer.Typer(
 )  # fmt: skip
 Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. adapter.rank=16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON object for programs.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Cells at a time; default what the machine allows. OMP_NUM_THREADS bounds the threads of each."
+    ),
+]
 
 
 def main() -> None:
@@ -162,12 +168,7 @@ def compare(
     baseline: Annotated[str, typer.Option(help="Label of the variant to compare with; default the first.")] = "",
     general: Annotated[str, typer.Option(help="Text that shows forgetting; default pydocs; 'none' for none.")] = "",
     on: Annotated[str, typer.Option(help="Where cells run: local, ray, or ray:ADDRESS.")] = "local",
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Cells at a time; default what the machine allows. OMP_NUM_THREADS bounds the threads of each."
-        ),
-    ] = None,
+    jobs: Jobs = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run cells again that failed before.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where; default runs/compare-RECIPE-KEY.")] = None,
     overrides: Set = [],  # noqa: B006
@@ -195,12 +196,7 @@ def verify(
     ] = False,
     show_only: Annotated[bool, typer.Option("--list", help="Name the claims, run nothing.")] = False,
     on: Annotated[str, typer.Option(help="Where cells run: local, ray, or ray:ADDRESS.")] = "local",
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Cells at a time; default what the machine allows. OMP_NUM_THREADS bounds the threads of each."
-        ),
-    ] = None,
+    jobs: Jobs = None,
     out: Annotated[
         Path | None, typer.Option(help="Where results go; default the project's docs/evidence/claims.")
     ] = None,
