@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -38,3 +40,22 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in training:
             parameter.requires_grad_(True)
+
+
+def draws(run: Callable[[], Any], device: torch.device) -> bool:
+    """Return whether running something draws random numbers, as dropout does; the generators stay as they were.
+
+    Args:
+        run: what is run once, without gradients.
+        device: where it runs.
+    """
+    own = [] if device.type == "cpu" else [torch.get_device_module(device)]
+    kind = "cuda" if device.type == "cpu" else device.type
+
+    def states() -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(module.get_rng_state(device) for module in own)]
+
+    with torch.random.fork_rng([device] if own else [], device_type=kind), torch.no_grad():
+        before = states()
+        run()
+        return not all(torch.equal(now, then) for now, then in zip(states(), before, strict=True))

@@ -314,6 +314,36 @@ def test_ects_second_level_nears_the_first():
     assert gaps == sorted(gaps, reverse=True)
 
 
+class Watched(nn.Module):
+    """A denoiser that notes how many arrays each pass had, and may drop out as adapters do, without a module for it."""
+
+    sigma_data, sigma_min, sigma_max, shape, classes = SIGMA_DATA, 0.01, 10.0, (2,), 0
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.inner, self.dropout, self.passes = FlowMap(), dropout, []
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.passes.append(len(x))
+        return nn.functional.dropout(self.inner(x, sigma), self.dropout, self.training and self.dropout > 0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_ect_runs_only_on_arrays_with_noise_left_unless_the_network_drops_out(dropout):
+    ect, model, data = EasyConsistencyTuning(stages=4), Watched(dropout), batch()
+    ect._progress = 0.3  # in the second of four stages, where the second level is 0 for about half of the arrays
+    torch.manual_seed(0)
+    sooner = ect.pair(model, data)[1]
+    torch.manual_seed(0)
+    found = ect.parts(model, data)[0]
+    noisy = int((sooner > 0).sum())
+    assert 10 < noisy < len(data) - 10
+    assert model.passes == [len(data), 1, len(data) if dropout else noisy]
+    ect.target = lambda network: network  # what the published step does: all arrays, and where(r > 0, ..., y)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, ect.parts(model, data)[0], atol=1e-12, rtol=0)
+
+
 def test_distances_are_their_formulas():
     left, right = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
     assert float(pseudo_huber(left, right, 12.0)) == pytest.approx(1.0)

@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.levels import karras, spread
+from hone.modes import draws
 from hone.objectives.arrays import ArrayObjective, Positive, Share, neighbours, squared
 from hone.objectives.teachers import Mean
 from hone.parts import part
@@ -383,7 +384,8 @@ class EasyConsistencyTuning(Consistency):
 
     r = max(0, t (1 - (1 + k sigmoid(-b t)) / q^(stage + 1))),  weight d = |f(x_t, t) - sg f(x_r, r)| / (t - r)
 
-    There is no grid of levels, so that rho does nothing.
+    There is no grid of levels, so that rho does nothing. Where r = 0, as for 81% of the arrays in the first stage and
+    58% in the second, f(x_r, r) is the array itself, and the network does not run on them.
 
     Args:
         q: how much smaller the gap is after each stage.
@@ -402,6 +404,7 @@ class EasyConsistencyTuning(Consistency):
     mean: float = -1.1
     std: Positive = 2.0
     huber: Annotated[float, Field(ge=0)] = 0.0
+    _draws: bool | None = field(init=False, default=None, repr=False)  # whether the network drops out
 
     def pair(self, model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return (t, r, weight), each (B,), with t > r.
@@ -414,6 +417,26 @@ class EasyConsistencyTuning(Consistency):
         gap = (1 + self.k * torch.sigmoid(-self.b * later)) / self.q ** (int(self._progress * self.stages) + 1)
         sooner = (later * (1 - gap)).clamp(min=0)
         return later, sooner, 1 / (later - sooner)
+
+    def target(self, model: Any) -> Any:
+        """Return the model, run where noise is left; on all arrays if it drops out, so that both passes do it alike.
+
+        Args:
+            model: the denoiser.
+        """
+
+        def aim(x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+            if self._draws is None:
+                self._draws = draws(lambda: model(x[:1], sigma[:1], None if labels is None else labels[:1]), x.device)
+            noisy = (sigma > 0).nonzero()[:, 0]
+            if self._draws or len(noisy) == len(x):
+                return model(x, sigma, labels)
+            found = x.clone()
+            if len(noisy):
+                found[noisy] = model(x[noisy], sigma[noisy], None if labels is None else labels[noisy]).to(x.dtype)
+            return found
+
+        return aim
 
     def apart(self, guess: Tensor, aim: Tensor) -> Tensor:
         """Return the norm of the difference of each array (B,), or its pseudo-Huber form.
