@@ -39,6 +39,7 @@ class Job:
         recipe: what it runs.
         folder: where it lies: cell.json, log.txt, then run/ or measure.json, or failure.json.
         keeps: what stays of a finished run besides its figures: "model", `TO_READ` or nothing.
+        begins: folder of the cell whose run is the first stage of this one; None trains it anew.
     """
 
     task: Task
@@ -46,6 +47,7 @@ class Job:
     recipe: Recipe
     folder: Path
     keeps: str = "model"
+    begins: Path | None = None
 
     @property
     def run(self) -> Path:
@@ -79,7 +81,8 @@ class Job:
     def prepare(self) -> None:
         """Write down what is to be computed, for the process that does it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        spec = {"task": self.task, "label": self.label, "keeps": self.keeps, "recipe": self.recipe.plain()}
+        spec = {"task": self.task, "label": self.label, "keeps": self.keeps, "recipe": self.recipe.plain(),
+                "begins": None if self.begins is None else str(self.begins)}  # fmt: skip
         write_whole(self.folder / "cell.json", (json.dumps(spec, indent=1) + "\n").encode())
 
     def fail(self, reason: str) -> None:
@@ -269,7 +272,9 @@ def _work(folder: Path) -> None:
     import torch
 
     spec = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-    job = Job(spec["task"], spec["label"], Recipe.of(**{**spec["recipe"], "out": None}), folder, spec["keeps"])
+    recipe = Recipe.of(**{**spec["recipe"], "out": None})
+    begins = None if spec["begins"] is None else Path(spec["begins"])
+    job = Job(spec["task"], spec["label"], recipe, folder, spec["keeps"], begins)
     if job.done:
         return
     try:
@@ -291,14 +296,15 @@ def _work(folder: Path) -> None:
 def _train(job: Job) -> None:
     from hone.engine.progress import Display
     from hone.engine.run import resume, run
+    from hone.evidence.beginnings import begin
 
     recipe = Recipe.of(**{**job.recipe.plain(), "out": str(job.run)})
-    if list(job.run.glob("**/checkpoints/step-*")):
-        result = resume(job.run, Display())
-    else:
+    under_way = bool(list(job.run.glob("**/checkpoints/step-*")))
+    if not under_way:
         if job.run.exists():  # it was stopped before its first checkpoint
             shutil.rmtree(job.run)
-        result = run(recipe, Display())
+        under_way = job.begins is not None and begin(recipe, job.begins / "run")
+    result = resume(job.run, Display()) if under_way else run(recipe, Display())
     if result["status"] != "finished":
         raise SystemExit(130)
     for checkpoints in job.run.glob("**/checkpoints"):  # they serve to go on, and nothing is left to do

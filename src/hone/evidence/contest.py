@@ -16,8 +16,9 @@ from hone import options as opt
 from hone import parts
 from hone.engine.progress import Display
 from hone.errors import HoneError, RecipeError, nearest
+from hone.evidence.beginnings import share
 from hone.evidence.budget import Budget
-from hone.evidence.cells import Job, Store, judged, values
+from hone.evidence.cells import TO_READ, Job, Store, judged, values
 from hone.evidence.pool import Pool
 from hone.evidence.variants import Settings, Variant, grid, show
 from hone.figures import is_share, lower_is_better
@@ -332,10 +333,11 @@ class Contest:
         open_jobs = list({job.folder: job for job in jobs if not job.done}.values())
         if not open_jobs:
             return
-        for job in open_jobs:
-            job.prepare()
+        open_jobs, firsts = self._beginnings(jobs, open_jobs)
         total = len({job.folder for job in jobs})
         done = total - len(open_jobs)
+        for job in open_jobs:
+            job.prepare()
         self.display.start(what, total, done)
 
         def tick(running: Sequence[Job], finished: int) -> None:
@@ -347,6 +349,20 @@ class Contest:
                 done += len(batch)
         finally:
             self.display.stop()
+        for first in firsts:
+            if first.keeps == TO_READ:
+                first.drop_models()
+
+    def _beginnings(self, jobs: Sequence[Job], open_jobs: list[Job]) -> tuple[list[Job], list[Job]]:
+        """Compute the first stages that several cells begin with; return the open cells, told of them, and theirs."""
+        training = [] if self.alone else [job for job in jobs if job.task == "run"]  # whose seconds are to be its own
+        keeps = "model" if any(job.keeps == "model" for job in training) else TO_READ
+        told, firsts = share(list({job.folder: job for job in training}.values()), self.store, keeps)
+        ways = {job.folder: job for job in told}
+        open_jobs = [ways.get(job.folder, job) for job in open_jobs]
+        wanted = [first for first in firsts if any(job.begins == first.folder for job in open_jobs)]
+        self._compute("training what several begin with", wanted)
+        return open_jobs, wanted
 
     def metric(self, found: Sequence[Mapping[str, float]]) -> str:
         """Return the metric that ranks the variants; the usual one where no run has the one that was asked for.
