@@ -83,9 +83,10 @@ def ict_beats_ct(scratch: Path) -> Trial:
     Task: eight Gaussians on a ring, 2,000 steps of each; iCT's grid ends with 160 intervals, CT's with the 20 levels
     that suit it best here.
 
-    Finding: no difference that five seeds could show: one step 0.216 against 0.256, two steps 0.244 against 0.210, and
-    iCT's seeds differ by a factor of three (0.11 to 0.34 in one step) where CT's agree to 3%. It has no running mean to
-    lean on, and 2,000 steps are few for its Pseudo-Huber weights.
+    Finding: no difference that five seeds could show: one step 0.172 against 0.256 (-0.17 to +0.009), two steps 0.194
+    against 0.210, and iCT's seeds differ by a factor of two (0.11 to 0.25 in one step; 0.11 to 0.34 on another machine,
+    whose roundings differ) where CT's agree to 3%. It has no running mean to lean on, and 2,000 steps are few for its
+    Pseudo-Huber weights.
     """
     return Trial(
         recipe=POINTS, baseline=Side(label="CT", settings={"objective": SHORT_CT}), checks=BOTH, metric="energy@1",
