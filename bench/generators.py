@@ -115,7 +115,7 @@ def methods() -> list[Method]:
         Method("DMD2, two steps", {"name": "dmd2", "student_steps": 2}),
         Method("f-distill, Jensen-Shannon", {"name": "f-distill", "divergence": "jensen-shannon"}),
         Method("f-distill, forward KL", {"name": "f-distill", "divergence": "forward-kl"}),
-        Method("Uni-Instruct, forward KL", {"name": "uni-instruct", "divergence": "forward-kl"}),
+        Method("Uni-Instruct, forward KL", {"name": "uni-instruct", "divergence": "forward-kl", "critic_updates": 5}),
         Method("SMD", {"name": "smd"}),
         Method("NitroFusion", {"name": "nitrofusion", "critic_updates": 2, "critic_rate": 2.0},
                adam={"beta1": 0.5}, rates=(2e-4, 5e-5)),

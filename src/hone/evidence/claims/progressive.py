@@ -64,7 +64,7 @@ def lightning_sharper(scratch: Path) -> Trial:
 
     Task: eight Gaussians on a ring, 16 steps halved to 1; precision is the share of points that lie within the data.
 
-    Finding: no difference shown (-0.03, -0.11 to +0.04). Progressive distillation of points is sharp without a
+    Finding: no difference shown (-0.014, -0.15 to +0.07). Progressive distillation of points is sharp without a
     discriminator (0.86 of the points within the data); there is no blur for it to take away.
     """
     plan = [16, 8, 4, 2, 1]
