@@ -45,12 +45,18 @@ def images() -> Any:
 
 
 def hone_step(steps: int, objective: dict[str, Any], kind: str = "consistency") -> Callable[[], Any]:
-    """Return a step of hone's own loop."""
+    """Return a step of hone's own loop, of a run that begins when the first steps have warmed up."""
     from hone.engine.loop import Trainer
 
-    run = hone_run(steps, objective, kind)
-    trainer = Trainer(run)
-    return lambda: trainer.train_step(next(run.loader))
+    run = hone_run(steps - WARM, objective, kind)
+    trainer, calls = Trainer(run), itertools.count()
+
+    def step() -> None:
+        if next(calls) == WARM:
+            run.step = 0
+        trainer.train_step(next(run.loader))
+
+    return step
 
 
 def hone_run(steps: int, objective: dict[str, Any], kind: str) -> Any:
