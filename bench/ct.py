@@ -145,7 +145,8 @@ def in_turn(steps: int, ours: Callable[[], Any], other: Callable[[], Any]) -> di
     pairs = [(seconds(ours), seconds(other)) for _ in range(steps)][WARM:]
     first, second = (statistics.median(column) for column in zip(*pairs, strict=True))
     shares = [this / that for this, that in pairs]
-    ends = [len(shares) * n // PARTS for n in range(PARTS + 1)]
+    count = min(PARTS, len(shares))
+    ends = [len(shares) * n // count for n in range(count + 1)]
     parts = [statistics.median(shares[begin:end]) for begin, end in itertools.pairwise(ends)]
     return {"seconds_per_step": first, "seconds_of_the_other": second, "ratio": 1 / statistics.mean(parts)}
 

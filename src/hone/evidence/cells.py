@@ -299,7 +299,7 @@ def _train(job: Job) -> None:
     from hone.evidence.beginnings import begin
 
     recipe = Recipe.of(**{**job.recipe.plain(), "out": str(job.run)})
-    under_way = bool(list(job.run.glob("**/checkpoints/step-*")))
+    under_way = any(job.run.glob("**/checkpoints/step-*"))
     if not under_way:
         if job.run.exists():  # it was stopped before its first checkpoint
             shutil.rmtree(job.run)
