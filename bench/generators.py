@@ -30,16 +30,15 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-SHARE, RATES, TUNING_SEED = 1 / 8, (3e-3, 1e-3, 2e-4), 1000
-ONE_RATE = (1e-3,)  # for the long runs of those without a teacher
+from generator_rows import NEED_PAIRS, ONE_AND_TWO, Method, average, methods
+
+SHARE, TUNING_SEED = 1 / 8, 1000
 TRUE = 60_000  # points of the density itself
-ONE_AND_TWO: tuple[dict[str, Any], ...] = ({"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2})
-NEED_PAIRS = {"reflow", "flow-guided"}  # objectives that have their teacher draw pairs of noise and array first
 COMMON: dict[str, Any] = {
     "name": "generators", "objective": "denoise", "eval_samples": 0, "schedule": {"name": "cosine", "warmup": 0.02},
     "distances": [],
@@ -73,83 +72,6 @@ class Ground:
     floor: Callable[[], float]
     unit: int
     what: str
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
-
-    Args:
-        label: what it is called.
-        objective: its fields, without the teacher.
-        taught: whether it is told the teacher.
-        scratch: whether it starts from fresh weights, with 9/8 of the teacher's operations.
-        solvers: draw the points.
-        adam: further options of the optimizer.
-        rates: learning rates of which the better one is taken.
-    """
-
-    label: str
-    objective: dict[str, Any]
-    taught: bool = True
-    scratch: bool = False
-    solvers: tuple[dict[str, Any], ...] = ONE_AND_TWO
-    adam: dict[str, Any] = field(default_factory=dict)
-    rates: tuple[float, ...] = RATES
-
-
-def ddim(*steps: int, schedule: str) -> tuple[dict[str, Any], ...]:
-    """Return the deterministic solver with some numbers of steps."""
-    return tuple({"name": "ddim", "steps": count, "schedule": schedule} for count in steps)
-
-
-def average(decay: float) -> dict[str, Any]:
-    """Return the fields of a running mean of the weights."""
-    return {"callbacks": [{"name": "average", "decay": decay}]}
-
-
-def methods() -> list[Method]:
-    """Return the rows."""
-    matching = [
-        Method("DMD2", {"name": "dmd2"}), Method("DMD2, one critic update", {"name": "dmd2", "critic_updates": 1}),
-        Method("DMD2, two steps", {"name": "dmd2", "student_steps": 2}),
-        Method("f-distill, Jensen-Shannon", {"name": "f-distill", "divergence": "jensen-shannon"}),
-        Method("f-distill, forward KL", {"name": "f-distill", "divergence": "forward-kl"}),
-        Method("Uni-Instruct, forward KL", {"name": "uni-instruct", "divergence": "forward-kl", "critic_updates": 5}),
-        Method("SMD", {"name": "smd"}),
-        Method("NitroFusion", {"name": "nitrofusion", "critic_updates": 2, "critic_rate": 2.0},
-               adam={"beta1": 0.5}, rates=(2e-4, 5e-5)),
-        Method("MMD tuning, one step", {"name": "mmd-ddm", "steps": 1}, False, solvers=ddim(1, schedule="karras")),
-        Method("MMD tuning, two steps", {"name": "mmd-ddm", "steps": 2}, False, solvers=ddim(2, schedule="karras")),
-    ]  # fmt: skip
-    paths = [
-        Method("ECT", {"name": "ect"}, False), Method("iCT, tuned", {"name": "ict", "end": 160}, False),
-        Method("CD", {"name": "cd"}), Method("CD, Euler (CoMoSpeech)", {"name": "cd", "step": "euler"}),
-        # What is learned at low levels has fewer neighbours to pass; 10, 12 and 18 tried with the other seed.
-        Method("CD, 12 levels", {"name": "cd", "levels": 12}),
-        Method("CD in two segments", {"name": "multistep-cd", "levels": 15}, solvers=ddim(2, schedule="trig")),
-        Method("SCott", {"name": "scott"}), Method("sCM", {"name": "scm"}),
-        Method("SANA-Sprint", {"name": "sana-sprint"}),
-        Method("CTM", {"name": "ctm", "levels": 10, "decay": 0.99},
-               solvers=({"name": "gamma", "steps": 1}, {"name": "gamma", "steps": 2})),
-        Method("SFD to one evaluation", {"name": "sfd", "steps": 2}, solvers=({"name": "sfd", "steps": 2},)),
-        Method("SFD to two evaluations", {"name": "sfd", "steps": 3}, solvers=({"name": "sfd", "steps": 3},)),
-        Method("SFD-v", {"name": "sfd-v", "steps": 2, "most": 4},
-               solvers=({"name": "sfd", "steps": 2}, {"name": "sfd", "steps": 3})),
-        Method("Progressive", {"name": "progressive", "plan": [16, 8, 4, 2, 1]}, solvers=ddim(1, schedule="trig")),
-        Method("Lightning", {"name": "lightning", "plan": [32, 8, 4, 2, 1], "matched": 4},
-               solvers=ddim(1, schedule="trig")),
-        Method("Rectified flow", {"name": "reflow"}, solvers=ddim(1, 2, schedule="flow")),
-        Method("One step of a flow", {"name": "reflow", "times": "start"},
-               solvers=ddim(1, schedule="flow")),
-        Method("SlimFlow's flow-guided", {"name": "flow-guided"}, solvers=ddim(1, schedule="flow")),
-    ]  # fmt: skip
-    alone = [
-        Method("CT", {"name": "ct", "end": 20}, False, scratch=True, rates=ONE_RATE),
-        Method("iCT", {"name": "ict", "end": 160}, False, scratch=True, rates=ONE_RATE),
-        Method("SMT", {"name": "smt", "critic_rate": 5.0}, False, scratch=True, rates=ONE_RATE),
-    ]
-    return [*matching, *paths, *alone]
 
 
 @dataclass(frozen=True)
@@ -201,6 +123,7 @@ class Task:
             fields["model"] = {"name": "denoiser", "network": ground.network} if self.method.scratch else teacher
             fields |= {"objective": objective, "solvers": list(self.method.solvers)}
             fields["optimizer"] |= self.method.adam
+            fields |= {"adapter": self.method.adapter} if self.method.adapter else {}
         return fields
 
 
@@ -366,7 +289,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/evidence"))
     given = parser.parse_args()
     ground = GROUNDS[given.task]
-    rows = [m for m in methods() if not given.only or m.label in given.only.split(";")]
+    rows = [m for m in methods(ground is DIGITS) if not given.only or m.label in given.only.split(";")]
     seeds = range(given.seeds)
     homes = {seed: given.scratch.resolve() / given.task / str(seed) for seed in (TUNING_SEED, *seeds)}
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
@@ -475,7 +398,7 @@ def draw_all(ranked: list[dict[str, Any]], home: Path, file: Path, ground: Groun
     def fewest(task: Task) -> Any:
         return next(iter(drawn(task).values()))[:shown_each]
 
-    known = {method.label: method for method in methods()}
+    known = {method.label: method for method in methods(ground is DIGITS)}
     shown_each = 2000 if ground is POINTS else 64
     real = drawn(Task(None, 0, 1e-3, ground.steps, home, ground))[35][:shown_each]
     shown = [("teacher, 35 evaluations", real)]
