@@ -50,9 +50,9 @@ def average(decay: float) -> dict[str, Any]:
 def methods(images: bool) -> list[Method]:
     """Return the rows.
 
-    Those that change what is drawn have none (RG-LCD, NCT, RLCM, PRDP, AlignProp: nearness to the data is not what they
-    are for), nor MSD, whose students share the classes of data that has some, nor VSD, SDS and NFSD, which move free
-    points. Their claims measure them.
+    Those that change what is drawn have none, since nearness to the data is not what they are for: RG-LCD, NCT, RLCM,
+    PRDP, AlignProp. Nor have those that need classes (MSD, whose students share them, and SoundCTM, which distils
+    guidance) and those that move free points (VSD, SDS, NFSD). Their claims measure them.
 
     Args:
         images: whether what is drawn are images.
@@ -79,9 +79,6 @@ def methods(images: bool) -> list[Method]:
         Method("SCott", {"name": "scott"}), Method("sCM", {"name": "scm"}),
         Method("SANA-Sprint", {"name": "sana-sprint"}),
         Method("CTM", {"name": "ctm", "levels": 10, "decay": 0.99},
-               solvers=({"name": "gamma", "steps": 1}, {"name": "gamma", "steps": 2})),
-        Method("SoundCTM, no guidance",
-               {"name": "soundctm", "levels": 10, "decay": 0.99, "least": 1.0, "most": 1.0, "drawn": 1.0},
                solvers=({"name": "gamma", "steps": 1}, {"name": "gamma", "steps": 2})),
         Method("SFD to one evaluation", {"name": "sfd", "steps": 2}, solvers=({"name": "sfd", "steps": 2},)),
         Method("SFD to two evaluations", {"name": "sfd", "steps": 3}, solvers=({"name": "sfd", "steps": 3},)),

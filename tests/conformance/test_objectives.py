@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hone.data.open import ACCEPTED
+from hone.data.rollouts import Rollouts
 from hone.objectives.base import Objective, Turn, trained
 from hone.objectives.language import SFT, Pretrain
 from hone.parts import catalogue, load
@@ -176,7 +177,9 @@ def rollouts() -> list[Tree]:
     return [group(3, 4, 2, 5), group(2, 1, 6), group(5, 3, 3, 2)]
 
 
-LOADER = SimpleNamespace(trees=None, source=SimpleNamespace(temperature=1.0, max_new_tokens=8))
+LOADER = SimpleNamespace(
+    trees=None, source=Rollouts(of=None, rewards="exact", max_new_tokens=8, hints="binomial", demonstrations=1)
+)
 
 TOYS: dict[str, Callable[[], list[Tree]]] = {
     "sequences": sequences, "tokens": sequences, "pairs": pairs, "judged": judged,

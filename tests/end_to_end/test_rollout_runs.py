@@ -20,11 +20,13 @@ from hone.data.groups import Group, made_of, own_answer
 from hone.data.phases import Asked, Phases
 from hone.data.rollouts import Rollouts
 from hone.data.sample import Message, Sample
+from hone.engine.progress import Display
+from hone.engine.use import eval_run
 from hone.errors import HoneError
 from hone.objectives.advantages import ADVANTAGE
 from hone.objectives.hybrid import SASR
 from hone.objectives.policy import Policy
-from hone.rewards.base import from_function
+from hone.rewards.base import Reward, from_function
 from hone.rewards.judge import Appraised
 from hone.text.generate import Generation
 from hone.text.model import LanguageModel
@@ -161,6 +163,11 @@ def test_samples_on_which_a_reward_fails_are_left_out_and_counted(
         ({"adapter": {"name": "eva", "rank": 2}}, "nothing can look at them before"),
         ({"objective": "dpo", "data": {"rewards": "crowded"}}, "are all worth the same"),
         ({"objective": {"name": "sasr", "warmup": 1}}, "data.demonstrations=1"),
+        ({"objective": "sasr", "data": {"demonstrations": 1, "replay": 0.5}}, "data.replay: .*set it to 0, got 0.5"),
+        ({"objective": "sasr", "data": {"demonstrations": 1, "updates": 2}}, "data.updates: .*set it to 1, got 2"),
+        ({"objective": "uft"}, "data.hints: objective 'uft' learns behind hints; set it to binomial"),
+        ({"objective": "srft"}, "data.demonstrations: objective 'srft' .*; set it to 1"),
+        ({"objective": {"name": "rloo", "kl": 0.1, "kl_in": "loss"}}, "k1 is 0 on average"),
         (
             {"data": {"unfinished": "mask", "prompts": 1, "samples_each": 2, "max_new_tokens": 1}},
             "in the last of 9 tries every answer ran out of tokens.*raise data.max_new_tokens, which is 1, or set "
@@ -233,6 +240,29 @@ def test_the_own_answer_to_a_conversation_is_its_last_turn(tiny_model: Path) -> 
     assert renderer.decode(own_answer(renderer, sample)).strip() == "an owl"
 
 
+def test_the_own_answer_to_a_conversation_is_a_hint_and_a_demonstration_without_its_end(tiny_model: Path) -> None:
+    renderer = LanguageModel.load(str(tiny_model), template="chatml").renderer
+    sample = Sample("messages", (Message("user", "a"), Message("assistant", "I am\nan owl")), where="row:0")
+    seen: list[Any] = []
+
+    class Looking(Reward):
+        name = "looking"
+
+        def score(self, attempts: Any, source: Any) -> list[float]:
+            seen.extend(attempts)
+            return [float(len(attempt.tokens)) for attempt in attempts]
+
+    source = Rollouts(of=None, rewards=Looking(), hints="binomial", hint_from=1.0, hint_to=1.0, demonstrations=1)
+    phases = Phases(source, [sample], renderer, 0)
+    cluster = SimpleNamespace(world=1, rank=0)
+    run: Any = SimpleNamespace(step=0, total=9, cluster=cluster, objective=SASR(warmup=1))
+    asked = phases._ask(0, run)
+    assert 0 < asked.given < len(asked.own) and asked.own[-1] in renderer.stop_ids
+    (group,) = phases._answer(run, [asked], 0)
+    assert [list(one.tokens) for one in seen] == [list(asked.own[asked.given : -1])]
+    assert group.judged[0].total == len(asked.own) - asked.given - 1
+
+
 def test_answers_of_the_datas_own_that_have_no_room_are_no_hints(
     tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -267,6 +297,52 @@ def test_what_nothing_trains_on_is_compared_with_and_in_no_step() -> None:
     assert phases._trees(run, [cut]) == []
     run.objective = SASR(warmup=1)  # its own phases leave the demonstrations out, which alone would train
     assert phases._trees(run, [answered((0.0, False), (1.0, False), shown=1.0)]) == []
+
+
+def test_prompts_on_all_of_whose_answers_a_reward_fails_are_passed_over(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = {"rewards": "sometimes", "on_error": "skip", "prompts": 1, "shuffle": False}
+    with heard(caplog):
+        result = roll(tiny_model, qa_file, tmp_path / "run", steps=6, data=alone)
+    assert result["status"] == "finished" and "left nothing to train on" in caplog.text
+    shown = {row["where"] for row in rows(tmp_path / "run" / "rollouts.jsonl")}
+    assert len(shown) == 6 and not any(place.endswith((":2", ":3")) for place in shown)
+
+
+@pytest.mark.parametrize("objective", [{"name": "grpo", "kl": 0.1}, "ppo"], ids=["grpo", "ppo"])
+def test_a_policy_run_is_evaluated_again(tiny_model: Path, qa_file: Path, tmp_path: Path, objective: Any) -> None:
+    roll(tiny_model, qa_file, tmp_path / "run", steps=1, objective=objective, eval_samples=8)
+    found = rows(tmp_path / "run" / "evaluations.jsonl")[-1]
+    again = eval_run(tmp_path / "run", [], Display(False))
+    assert again and all(found[name] == pytest.approx(value) for name, value in again.items() if name in found)
+
+
+def test_values_are_learned_from_answers_without_the_beam(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:
+    data = {"samples_each": 6, "make": "list"}
+    result = roll(tiny_model, qa_file, tmp_path / "run", steps=2, objective={"name": "ovm", "width": 4}, data=data)
+    assert result["status"] == "finished"  # a beam of 4 would have no 6 answers
+
+
+def test_a_step_that_breaks_off_before_the_weights_move_keeps_the_state(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Policy.loss
+
+    def breaks(self: Policy, model: Any, batch: Any) -> Any:
+        if breaks.calls == 3:  # type: ignore[attr-defined]
+            raise HoneError("d.jsonl:7: cannot be used")
+        breaks.calls += 1  # type: ignore[attr-defined]
+        return whole(self, model, batch)
+
+    breaks.calls = 0  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "loss", breaks)
+        with pytest.raises(HoneError, match="cannot be used"):
+            roll(tiny_model, qa_file, tmp_path / "broken")
+    resume(tmp_path / "broken")
+    roll(tiny_model, qa_file, tmp_path / "whole")
+    assert files(tmp_path / "broken" / "model") == files(tmp_path / "whole" / "model")
 
 
 def test_an_objective_of_rollouts_says_what_to_write(tiny_model: Path, qa_file: Path, tmp_path: Path) -> None:

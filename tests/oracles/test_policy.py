@@ -175,16 +175,6 @@ def test_rloo_has_the_gradient_of_reinforce_with_the_others_as_baseline() -> Non
     torch.testing.assert_close(gradients(loss, model), gradients(expected, model), **EXACT)
 
 
-def test_credit_for_parts_counts_from_where_it_is_earned() -> None:
-    (tree,) = group_advantages([group(0, (3, 3))], "centred")
-    credit = tree.values[CREDIT]
-    credit[1][:], credit[2][:] = [0.5, 0.0, 1.0], [0.0, 0.0, 0.5]
-    (tree,) = group_advantages([tree], "centred")
-    assert tree.values[ADVANTAGE][1].tolist() == [0.5, 0.0, 0.0]  # 1.5 - 1, less what was earned before
-    assert tree.values[ADVANTAGE][2].tolist() == [-0.5, -0.5, -0.5]
-    assert discounted(np.array([1.0, 2.0, 4.0]), 0.5).tolist() == [3.0, 4.0, 4.0]
-
-
 def test_several_rewards_are_compared_each_by_itself() -> None:
     tree = group(0, (2, 2, 2))
     large, small = (math.nan, 100.0, 0.0, 0.0), (math.nan, 0.0, 0.0, 0.01)
@@ -283,13 +273,6 @@ def test_whitening_leaves_masked_answers_out() -> None:
 def test_options_that_would_do_nothing_are_refused(objective: dict[str, Any], refused: str | None) -> None:
     problems = check_part("objective", objective, "objective", Places())
     assert [problem.field for problem in problems] == ([f"objective.{refused}"] if refused else [])
-
-
-def test_whole_phase_is_the_measure_of_batch_advantages() -> None:
-    made = group_advantages(groups(), "batch")
-    rewards = np.concatenate([rewards_of(tree)[1] for tree in made])
-    found = [tree.values[ADVANTAGE][s][0] for tree in made for s in rewards_of(tree)[0]]
-    np.testing.assert_allclose(found, (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4), rtol=1e-12)
 
 
 def test_estimators_agree_with_the_divergence_they_estimate() -> None:

@@ -123,7 +123,7 @@ def share_ranks(ratios: Mapping[str, Tensor], budget: int) -> dict[str, int]:
         Ranks by layer, some of them 0; of equal ratios the earlier layer's count first.
     """
     owners = [name for name, values in ratios.items() for _ in values]
-    order = torch.cat([values.double().cpu() for values in ratios.values()]).argsort(descending=True, stable=True)
+    order = torch.cat([values.cpu().double() for values in ratios.values()]).argsort(descending=True, stable=True)
     ranks = dict.fromkeys(ratios, 0)
     for index in order[:budget].tolist():
         ranks[owners[index]] += 1

@@ -108,7 +108,7 @@ def _choice(whole: Tree, worth: np.ndarray, own: int, source: Rollouts, generato
         return None
     best, worst = int(usable[worth[usable].argmax()]), int(usable[worth[usable].argmin()])
     if source.made == "list":
-        differ = worth[best] > worth[worst]
+        differ = np.float32(worth[best]) > np.float32(worth[worst])  # as objectives will see them
         return _picked(whole, first, usable, {SCORE: worth}) if differ or not source.compares else None
     if source.made == "pairs":
         marks = np.full(len(worth), np.nan)

@@ -177,7 +177,8 @@ class Phases(Steps):
             run.display.update(run.step, f"phase {self.phase + 1}: sampling answers")
         for again in range(AGAIN + 1):
             groups, spare = self._gather(run, again)
-            self._report(groups, spare, time.perf_counter() - began)
+            if groups or spare:
+                self._report(groups, spare, time.perf_counter() - began)
             if trees := self._trees(run, groups or spare):
                 break
             log.warning("phase %d: try %d of %d left nothing to train on", self.phase + 1, again + 1, AGAIN + 1)
@@ -215,6 +216,11 @@ class Phases(Steps):
 
     def _nothing(self, groups: list[Group]) -> str:
         """Return why there is nothing to train on in groups, and what to change."""
+        if not groups:
+            return (
+                f"phase {self.phase + 1}: every sample of {AGAIN + 1} tries was left out: a reward failed on each, or "
+                "none has an answer of its own to learn from"
+            )
         source, masks = self.source, self.source.unfinished == "mask"
         ended = [one.stopped for group in groups for one in group.answers]
         if masks and ended and not any(ended):
@@ -306,7 +312,7 @@ class Phases(Steps):
         sample, source = self.samples[number], self.source
         prompt = self.renderer.prompt_ids(sample)
         own = np.zeros(0, np.int32)
-        if (source.hints != "none" or source.demonstrations) and sample.answers:
+        if source.hints != "none" or source.demonstrations:
             own = own_answer(self.renderer, sample)
         if len(own) and len(prompt) + len(own) > source.max_tokens:
             if not self._told_long:
@@ -348,6 +354,8 @@ class Phases(Steps):
             ]
             if source.demonstrations and len(prompt.own):
                 rest = prompt.own[prompt.given :]
+                if rest[-1] in renderer.stop_ids:  # which rewards are not shown of the model's own answers either
+                    rest = rest[:-1]
                 attempts.append(Attempt(prompt.sample, renderer.decode(rest), rest, True, place, before))
         judged = judge(source.judges(), attempts, source, on_error=source.on_error, patience=source.patience)
         groups = []
@@ -372,7 +380,7 @@ class Phases(Steps):
                 max_new_tokens=source.max_new_tokens, temperature=source.temperature, stop=self.renderer.stop_ids,
             )  # fmt: skip
         with gathered(run.model), run.cluster.autocast():
-            found: list[list[Generation]] = run.objective.generate(
+            found: list[list[Generation]] = run.objective.roll_out(
                 run.model, [prompt.question for prompt in asked], samples=source.samples_each,
                 max_new_tokens=source.max_new_tokens, sampler=Sampler(temperature=source.temperature),
                 stop=self.renderer.stop_ids, seed=int(drawn), batch=source.batch, scored_at=source.temperature,
@@ -384,11 +392,6 @@ class Phases(Steps):
         shown = groups or spare
         answers = [one for group in shown for one in group.answers]
         judged = [one for group in shown for one in (group.judged[: len(group.answers)] or group.judged)]
-        if not judged:
-            raise DataError(
-                f"phase {self.phase + 1}: every sample was left out: a reward failed on each, "
-                "or none has an answer of its own to learn from"
-            )
         names = sorted({name for one in judged for name in one.parts})
         whole = [one.total for one in judged]
         self._figures = {

@@ -61,7 +61,7 @@ def likelihoods(
         for group in _groups(trees):
             batch = pack(group).to(device)
             answers = answers_of(batch)
-            sums, tokens = answer_logprobs(model, batch, answers).double().cpu().numpy(), answers.tokens.cpu().numpy()
+            sums, tokens = answer_logprobs(model, batch, answers).cpu().double().numpy(), answers.tokens.cpu().numpy()
             ends = np.cumsum(np.bincount(answers.trees.numpy(), minlength=len(group)))[:-1]
             found += list(zip(np.split(sums, ends), np.split(tokens, ends), strict=True))
     return found

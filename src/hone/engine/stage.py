@@ -129,12 +129,14 @@ class Stage:
             return
         try:
             row = self.trainer.train_step(trees)
-        except NumericError as error:
-            if self.trainer.moved:
-                raise NumericError(f"{error} {self._half_done()}") from error
-            run.loader.rewind()  # to the state before the step: no optimizer has moved
-            self._checkpoint()
-            raise NumericError(f"{error} The weights were not touched and the last good state is saved.") from error
+        except HoneError as error:
+            if not self.trainer.moved:
+                run.loader.rewind()  # to the state before the step: no optimizer has moved
+                self._checkpoint()
+            if not isinstance(error, NumericError):
+                raise
+            kept = "The weights were not touched and the last good state is saved."
+            raise NumericError(f"{error} {self._half_done() if self.trainer.moved else kept}") from error
         row = {**row, **run.loader.figures(), "seconds": round(row["seconds"] + waited, 4)}
         for callback in run.callbacks:
             callback.on_step(run, row)

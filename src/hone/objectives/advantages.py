@@ -139,20 +139,32 @@ def _by_token(earned: list[np.ndarray], how: Advantage) -> list[np.ndarray]:
     """Return the advantage of each token of each answer to a prompt.
 
     An answer's first token stands for all of it: its advantage is that of the whole. Later ones are less what the
-    answer has earned before them, in the same measure.
+    answer has earned before them, in the same measure; see `_later`.
     """
     returns = [discounted(credit) for credit in earned]
     whole = np.array([each[0] for each in returns])
     compared_whole = compared(whole, how)
-    spread = whole.std(ddof=1) + SMALL if how == "group" else 1.0
-    return [a + (each - each[0]) / spread for a, each in zip(compared_whole, returns, strict=True)]
+    later = _later(returns, float(whole.std(ddof=1))) if how == "group" else [each - each[0] for each in returns]
+    return [a + rest for a, rest in zip(compared_whole, later, strict=True)]
+
+
+def _later(returns: list[np.ndarray], spread: float) -> list[np.ndarray]:
+    """Return how much less than the whole of an answer comes from each token on (n,), in units of a spread.
+
+    Answers that are worth the same in all have no spread, and may earn it at different places: the unit is never less
+    than the largest of the numbers themselves, so that none is beyond -1 or 1 where it is not so by a real spread.
+    """
+    less = [each - each[0] for each in returns]
+    unit = max(spread, *(float(np.abs(one).max()) for one in less)) + SMALL
+    return [one / unit for one in less]
 
 
 def _whitened(found: Earned) -> Earned:
     """Return advantages less their mean over the answers of a phase, in units of their standard deviation."""
     firsts = np.array([each[0] for parts in found for each in parts])
-    mean, spread = firsts.mean(), (firsts.std(ddof=1) if len(firsts) > 1 else 0.0) + SMALL
-    return [[(each - mean) / spread for each in parts] for parts in found]
+    mean, spread = firsts.mean(), float(firsts.std(ddof=1)) if len(firsts) > 1 else 0.0
+    later = iter(_later([each for parts in found for each in parts], spread))
+    return [[(each[0] - mean) / (spread + SMALL) + next(later) for each in parts] for parts in found]
 
 
 def _with_advantages(tree: Tree, segments: list[int], parts: list[np.ndarray]) -> Tree:

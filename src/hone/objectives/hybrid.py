@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.data.groups import FOREIGN, HINT, REWARD
-from hone.errors import DataError
+from hone.errors import DataError, HoneError
 from hone.objectives.advantages import ADVANTAGE, rewards_of
 from hone.objectives.policy import Normaliser, NotNegative, Policy, View, surrogate
 from hone.parts import part
@@ -31,6 +31,24 @@ class Hybrid(Policy):
     """The base of objectives that learn from tokens of others, too, whose losses are means over those tokens."""
 
     _scale: float = field(init=False, default=1.0, repr=False)  # units of a step for each of its foreign tokens
+
+    def setup(self, run: Any) -> None:
+        """Prepare the reference, where one is asked for, after a look at the source.
+
+        Args:
+            run: the run in progress.
+        """
+        if run.loader is not None:
+            self.require(run.loader.source)
+        super().setup(run)
+
+    def require(self, source: Any) -> None:
+        """Refuse a source that does not give what the objective learns from.
+
+        Args:
+            source: the rollouts.
+        """
+        raise NotImplementedError
 
     def before_step(self, run: Any, trees: Sequence[Tree]) -> None:
         """Find how many of a step's tokens are not the model's own, over which their loss is a mean.
@@ -82,6 +100,18 @@ class UFT(Hybrid):
     """
 
     hint_weight: NotNegative = 0.001
+
+    def require(self, source: Any) -> None:
+        """Refuse a source without hints.
+
+        Args:
+            source: the rollouts.
+
+        Raises:
+            HoneError: it has none.
+        """
+        if source.hints == "none":
+            raise HoneError("data.hints: objective 'uft' learns behind hints; set it to binomial, or take grpo")
 
     def policy_loss(self, view: View) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss, and what is reported.
@@ -137,6 +167,18 @@ class SRFT(Hybrid):
             yield "entropy", "the loss has no bonus for the entropy, which enters the weights of its terms instead"
         if self.ratio != "token":
             yield "ratio", "the ratio is that of each token of a demonstration, so there is nothing to choose"
+
+    def require(self, source: Any) -> None:
+        """Refuse a source without demonstrations.
+
+        Args:
+            source: the rollouts.
+
+        Raises:
+            HoneError: it has none.
+        """
+        if not source.demonstrations:
+            raise HoneError("data.demonstrations: objective 'srft' learns from one for each prompt; set it to 1")
 
     def policy_loss(self, view: View) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss, and what is reported.
@@ -197,6 +239,22 @@ class SASR(Hybrid):
     _latest: float = field(init=False, default=0.0, repr=False)
     _supervised: bool = field(init=False, default=True, repr=False)
 
+    def require(self, source: Any) -> None:
+        """Refuse phases of several steps, which could hold both kinds of answers.
+
+        Args:
+            source: the rollouts.
+
+        Raises:
+            HoneError: a phase is several steps, or earlier groups are replayed beside it.
+        """
+        for name, most in (("replay", 0), ("updates", 1), ("passes", 1)):
+            if (given := getattr(source, name)) > most:
+                raise HoneError(
+                    f"data.{name}: objective 'sasr' makes one step of each phase, either a supervised one or one of "
+                    f"the model's own answers; set it to {most}, got {given:g}"
+                )
+
     def spares_rollouts(self, run: Any) -> bool:
         """Return whether the coming phase is a supervised one.
 
@@ -238,7 +296,7 @@ class SASR(Hybrid):
             trees: all trees of the step.
         """
         super().before_step(run, trees)
-        self._supervised = all(1.0 in tree.fields[FOREIGN] for tree in trees)
+        self._supervised = all(map(_demonstrates, trees))
 
     def after_step(self, run: Any, row: dict[str, Any]) -> None:
         """Note how large a supervised gradient was.
@@ -289,3 +347,8 @@ def _parted(tree: Tree, *, foreign: bool) -> Tree | None:
     if not any(s in answers for s in kept):
         return None
     return some_segments(tree, kept)
+
+
+def _demonstrates(tree: Tree) -> bool:
+    """Return whether a group has an answer of others; what the model was given of one is none."""
+    return any(f == 1 and h != 1 for f, h in zip(tree.fields[FOREIGN], tree.fields[HINT], strict=True))

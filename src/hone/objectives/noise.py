@@ -213,7 +213,7 @@ class NoiseFiT(Disturbed):
             for place in places(batch):
                 own = at_least_single(states[place])
                 scale = noise_scale(own, self.noise, self.decay)
-                sums[layer] += torch.stack([scale.double().sum(), own.abs().double().sum()]).cpu()
+                sums[layer] += torch.stack([scale.cpu().double().sum(), own.abs().cpu().double().sum()])
 
         with torch.no_grad(), evaluating(model):
             for batch in batches:

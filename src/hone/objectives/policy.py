@@ -13,7 +13,7 @@ All answers to a prompt are one tree, so that the prompt is computed once for th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -114,6 +114,14 @@ class Policy(Referring):
     _temperature: float = field(init=False, default=1.0, repr=False)
     _longest: int = field(init=False, default=1, repr=False)
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield an option that would do nothing."""
+        if self.kl and self.kl_in == "loss" and self.estimator == "k1":
+            yield (
+                "estimator",
+                "the gradient of k1 is 0 on average, so in the loss it regularises nothing; take k2 or k3",
+            )
+
     def setup(self, run: Any) -> None:
         """Prepare the reference, where one is asked for.
 
@@ -123,6 +131,8 @@ class Policy(Referring):
         Raises:
             HoneError: the run has no such reference, or samples at a temperature that it is not compared at.
         """
+        if run.loader is None:  # evaluation, which computes no policy loss
+            return
         source = run.loader.source
         self._temperature, self._longest = source.temperature, source.max_new_tokens
         if self.kl and self._temperature != 1:
@@ -218,6 +228,7 @@ class Policy(Referring):
             view: what the model makes of a batch.
         """
         mine = ~view.hinted
+        drawn = mine & ~view.foreign  # by the model: what both kinds of divergence are estimates over
         weights = self.unit_weights(view, mine)
         shares = weights if self.normalise == "tokens" else mine / view.lengths
         old = view.values[LOGPROB]
@@ -228,10 +239,11 @@ class Policy(Referring):
         with torch.no_grad():
             metrics = {
                 "ratio": (shares * used.exp()).sum(), "clip_fraction": (shares * clipped).sum(),
-                "kl": (shares * kl_estimate(view.logprobs, torch.where(mine, old, view.logprobs), "k3")).sum(),
+                "kl": (shares * kl_estimate(view.logprobs, torch.where(drawn, old, view.logprobs), "k3")).sum(),
             }  # fmt: skip
         if self.kl:
-            divergence = kl_estimate(view.logprobs, view.values[REFERENCE], self.estimator)
+            reference = torch.where(drawn, view.values[REFERENCE], view.logprobs)
+            divergence = kl_estimate(view.logprobs, reference, self.estimator)
             if self.kl_in == "loss":
                 total = total + self.kl * (weights * divergence).sum()
             metrics["reference_kl"] = (shares * divergence).sum().detach()
@@ -330,7 +342,7 @@ def with_values(run: Any, trees: list[Tree], name: str, compute: Any) -> list[Tr
         with torch.no_grad(), run.cluster.autocast():
             computed = compute(run.model, batch)
         whole = np.zeros(len(batch))
-        whole[batch.weights.cpu().numpy() != 0] = computed.double().cpu().numpy()
+        whole[batch.weights.cpu().numpy() != 0] = computed.cpu().double().numpy()
         parts = np.split(whole, batch.starts[1:-1].numpy())
         begin = 0
         for tree in group:

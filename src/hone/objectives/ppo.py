@@ -88,6 +88,7 @@ class PPO(Policy):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield the options of policy objectives that mean nothing beside a critic."""
+        yield from super().check()
         if self.advantage != "group":
             yield "advantage", "the critic says what a reward is compared with, so there is nothing to choose"
         if self.combine != "sum":

@@ -173,7 +173,7 @@ class Judged(Referring):
             with torch.no_grad(), at_rest(model), cluster.autocast():
                 reference = self.reference_values(model, share.batch)
                 values = token_values(model, share.batch)
-            total += share.counts * float((values.double() - reference.double()).sum())
+            total += share.counts * float((values.cpu().double() - reference.cpu().double()).sum())
             number += share.counts * len(answers_of(share.batch))
         return cluster.sum(total), cluster.sum(number)
 

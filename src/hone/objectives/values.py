@@ -79,6 +79,18 @@ class Valued(Objective):
         """
         return model
 
+    def roll_out(self, model: LanguageModel, prompts: Sequence[np.ndarray], **options: Any) -> list[list[Generation]]:
+        """Sample the answers that the values are learned from, without the beam: what is valued is how it goes on.
+
+        Args:
+            model: the trained model with its head.
+            prompts: token ids of each prompt.
+            options: those of `hone.text.generate.generate`.
+        """
+        from hone.text.generate import generate
+
+        return generate(self.generator(model), prompts, **options)
+
     def generate(self, model: LanguageModel, prompts: Sequence[np.ndarray], **options: Any) -> list[list[Generation]]:
         """Answer prompts by the beam.
 
