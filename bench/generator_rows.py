@@ -98,7 +98,6 @@ def methods(images: bool) -> list[Method]:
     alone = [
         Method("CT", {"name": "ct", "end": 20}, False, scratch=True, rates=ONE_RATE),
         Method("iCT", {"name": "ict", "end": 160}, False, scratch=True, rates=ONE_RATE),
-        Method("sLCT", {"name": "slct", "end": 160}, False, scratch=True, rates=ONE_RATE),
         Method("SMT", {"name": "smt", "critic_rate": 5.0}, False, scratch=True, rates=ONE_RATE),
     ]
     seen = [

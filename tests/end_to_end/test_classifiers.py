@@ -12,7 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from conftest import ANIMALS, questions
 from end_to_end.support import hone, rows, train
+from hone.data.chains import Chains
+from hone.data.sample import Sample
 from hone.errors import DataError, ModelError
+from hone.rewards.base import Attempt
+from hone.rewards.models import ModelReward
 
 HEAD: dict[str, Any] = {"steps": 30, "batch_tokens": 384, "eval_samples": 2, "adapter": {"name": "lora", "rank": 4}}
 
@@ -134,6 +138,33 @@ def test_what_transformers_cannot_hold_is_said(tiny_model: Path, words: Path, tm
     train(tiny_model, words, tmp_path / "run", objective={"name": "tag", "unmask": "all"}, **{**HEAD, "steps": 1})
     done = hone("export", tmp_path / "run", "--to", "hf")
     assert done.status == 2 and "causal mask" in done.err and "extras.safetensors" in done.err
+
+
+def test_a_reward_model_that_knows_answers_of_its_start_is_used_again(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    of = {"name": "chains", "skills": ["first"], "count": 12, "holdout": 4}
+    data = {"name": "sampled", "make": "rivals", "of": of, "samples_each": 6, "temperature": 2.0, "max_new_tokens": 24}
+    fusion, short = {"name": "reward-fusion", "alike": 0.0}, {**HEAD, "steps": 2, "adapter": "full"}
+    train(tiny_model, pairs, tmp_path / "run", objective=fusion, data=data, eval_data=str(pairs), **short)
+    last = rows(tmp_path / "run" / "evaluations.jsonl")[-1]
+    for more in ([], ["--set", "data.of.seed=1"]):  # it knows what it has trained on, whatever it is evaluated on
+        done = hone("eval", tmp_path / "run", "--json", *more)
+        assert done.status == 0 and json.loads(done.out)["loss"] == pytest.approx(last["loss"]), done.err
+    asked = hone("sample", tmp_path / "run", "--prompt", "first 3 1 =\n3")
+    assert asked.status == 0 and "reward " in asked.out, asked.err
+    (score,) = ModelReward(path=str(tmp_path / "run")).score([Attempt(Sample("prompt", "a"), "b")], Chains())
+    assert isinstance(score, float)
+
+
+def test_held_out_prompts_are_asked_of_a_run_whose_data_its_start_made(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    of = {"name": "chains", "skills": ["first"], "count": 12, "holdout": 4}
+    data = {"name": "mix", "sources": [{"name": "sampled", "make": "right", "of": of, "max_new_tokens": 4}]}
+    train(tiny_model, pairs, tmp_path / "run", data=data, steps=1)
+    asked = hone("sample", tmp_path / "run", "--max-new-tokens", "3", "--json")
+    assert asked.status == 0 and len(json.loads(asked.out)) == 3, asked.err
 
 
 def test_a_reward_model_is_a_classifier_of_one_class(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ def test_truncate_drops_later_turns_with_their_fields():
     assert plain(cut)[2:4] == ((-1, 0), {"value": ("0.0", "1.0")})
 
 
+def test_a_step_that_was_cut_has_no_value():
+    tree = tree_of((-1, "000"), (0, "11"), (1, "111"), value=(float("nan"), 0.5, 1.0), label=(1.0, 1.0, 1.0))
+    (cut,) = fit(tree, 6, "truncate")
+    assert [len(s) for s in cut.tokens] == [3, 2, 1]
+    assert plain(cut)[3] == {"value": ("nan", "0.5", "nan"), "label": ("1.0", "1.0", "1.0")}
+
+
 def test_drop_leaves_out_what_is_too_long():
     assert fit(tree_of((-1, "111")), 2, "drop") == []
 

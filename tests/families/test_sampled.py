@@ -13,6 +13,7 @@ import pytest
 from hone.data.annotated import AnnotatedData
 from hone.data.chains import Chains
 from hone.data.formats import CONTINUES
+from hone.data.open import open_data
 from hone.data.paired import Paired
 from hone.data.s3ft import S3FT
 from hone.data.sample import Message, Sample
@@ -264,6 +265,18 @@ def test_trees_are_searched_again_when_the_grader_changes(cached: Path) -> None:
 
     assert len(asked(Graded(1))) == 1 and asked(Graded(1)) == []
     assert len(asked(Graded(1, grades=False))) == 1
+
+
+def test_what_makes_nothing_names_the_options_that_matter() -> None:
+    renderer = LanguageModel.load("base").renderer
+    source = Sampled(of=Sums(1), make="rivals", samples_each=2, cache=False)
+    saying(source, lambda prompt: [])
+    with pytest.raises(DataError, match=r"nothing could be made of them.* make=rivals.* does not end within") as caught:
+        open_data(source, renderer, consumes="pairs")
+    assert "samples_each=2" in str(caught.value) and "holdout" not in str(caught.value)
+    source.of = Sums(0)  # there is nothing to begin with: its own options matter
+    with pytest.raises(DataError, match=r"^sums: there is nothing to train on.*holdout=200 leaves some"):
+        open_data(source, renderer, consumes="pairs")
 
 
 def test_without_a_model_or_a_grade_it_says_what_is_missing(cached: Path) -> None:

@@ -20,12 +20,14 @@ from hone.data.sample import Sample
 from hone.data.source import Source, Split
 from hone.errors import DataError, HoneError
 from hone.objectives.answers import answers_of
+from hone.objectives.classify import Classify
 from hone.objectives.dmoerm import DMoERM
-from hone.objectives.reward_fusion import RewardFusion, fused, token_vector
+from hone.objectives.reward_fusion import RewardFusion, fused, nearest, token_vector
 from hone.objectives.reward_model import RewardModel
+from hone.recipe import Recipe, dump
 from hone.text.heads import HEAD, new_head
 from hone.text.model import LanguageModel
-from hone.text.pack import pack
+from hone.text.pack import Tree, pack
 
 TEXTS = [  # the answers of `pairs` in order
     ("What does animal 3 say?", "I am a cat"), ("What does animal 3 say?", "I am a dog"),
@@ -159,6 +161,17 @@ def test_rewards_are_fused_with_those_of_similar_preferred_answers(tiny_model: P
     )
 
 
+def test_there_are_no_more_neighbours_than_asked_for_and_none_twice() -> None:
+    alike = np.array([[1.0] * 8 + [0.95], [0.1] * 7 + [0.9, 0.95]])
+    found = nearest(alike, 5, 0.9)
+    assert (found > 0).sum(1).tolist() == [5, 2] and found[0, :5].tolist() == [1.0] * 5
+    assert found[1, 7:].tolist() == [0.9, 0.95] and (nearest(alike, 20, 0.9) > 0).sum(1).tolist() == [9, 2]
+    objective = RewardFusion()
+    known = [Sample("pair", "What?", (better, worse)) for better, worse in (("a", "b"), ("a", "c"), ("b", "c"))]
+    objective.look(Rows(*known))
+    assert [sample.answers for sample in objective._known] == [("a",), ("b",)]
+
+
 def write_expert(tiny_model: Path, folder: Path, seed: int) -> str:
     model = LanguageModel.load(tiny_model)
     generator = torch.Generator().manual_seed(seed)
@@ -230,6 +243,34 @@ def test_a_router_sends_each_prompt_to_the_experts_of_its_category(tiny_model: P
             torch.testing.assert_close(found[2 * tree : 2 * tree + 2], whole[2 * tree : 2 * tree + 2])
     with pytest.raises(HoneError, match="classes are even, odd, found no such model"):
         DMoERM(experts=paths).equip(LanguageModel.load(tiny_model))
+
+
+def test_a_router_reads_prompts_as_it_was_trained_to(tiny_model: Path, tmp_path: Path) -> None:
+    model = LanguageModel.load(tiny_model)
+    batch, run = pairs(model), tmp_path / "run"
+    trained = Classify(classes=["even", "odd"], unmask="all", pooling="mean")
+    trained.equip(model)
+    head: Any = model.extras[HEAD]
+    ids = batch.tokens[: int(batch.starts[1])].numpy().astype(np.int32)
+    asked = pack([Tree((ids,), (np.zeros(len(ids), np.float32),), (-1,))])
+    with torch.no_grad():  # what is even to the mean of states that see both ways is odd to a causal last one
+        states = torch.stack([trained.hidden(model, asked).mean(0), model.hidden(asked)[-1]])
+        even = torch.linalg.lstsq(states, torch.tensor([[1.0], [-1.0]])).solution[:, 0]
+        head.weight.copy_(torch.stack([even, -even]))
+    model.save(run / "model")
+    model.save_extras(run / "model")
+    (run / "result.json").write_text('{"status": "finished"}')
+
+    def routed(**options: Any) -> int:
+        recipe = Recipe.of(steps=1, data="chains", objective=options)
+        (run / "recipe.yaml").write_text(dump(recipe))
+        objective = DMoERM(experts={"odd": [str(tiny_model)], "even": [str(tiny_model)]}, router=str(run / "model"))
+        objective.equip(LanguageModel.load(tiny_model))
+        return int(objective.routed(batch)[0])
+
+    assert routed(name="classify", unmask="all", pooling="mean") == 0 and routed(name="classify") == 1
+    with pytest.raises(HoneError, match="was trained by Tag; expected classify"):
+        routed(name="tag")
 
 
 def test_without_experts_the_model_itself_is_the_only_one(tiny_model: Path) -> None:

@@ -269,6 +269,52 @@ def test_a_listener_ranks_answers_as_the_authors_do() -> None:
     assert Lines()(Sums(1), sample, "a\n\nb\n") == 2
 
 
+class Bare(Sums):
+    """Problems whose answers carry no mark, so that a whole text is the answer."""
+
+    def samples(self, split: Split) -> Iterator[Sample]:
+        for sample in super().samples(split):
+            yield Sample("completion", sample.prompt, ("4",), where=sample.where)
+
+    def grade(self, sample: Sample, text: str) -> float | None:
+        return Source.grade(self, sample, text)
+
+
+def test_a_tone_is_no_part_of_what_is_right() -> None:
+    sure, meek, wrong, unsure = "4\ncertainly", "4\nperhaps\n", "5\ncertainly", "5\nperhaps"
+    heard, toned = Lacie(of=Bare(1), pairs=9, threshold=0.5), Toned(of=Bare(1))
+    saying(heard, lambda prompt: [sure, meek, wrong, unsure])
+    assert {sample.answers for sample in heard.samples("train")} == {(sure, meek), (meek, wrong), (unsure, wrong)}
+    for source in (heard, toned):
+        (question_,) = source.questions("eval")
+        assert [source.grade(question_, text) for text in (sure, meek, wrong, unsure, "4", "5")] == [1, 1, 0, 0, 1, 0]
+        assert AcceptedRight()(source, question_, sure) == AcceptedWrong()(source, question_, wrong) == 0.95
+    (own,) = toned.samples("train")
+    assert own.answers[0] != "4" and toned.grade(own, sure) == toned.grade(own, meek) == 1  # whatever its own tone is
+
+
+def test_the_threshold_is_the_median_of_all_that_was_drawn() -> None:
+    tones = {"a": 0.2, "b": 0.5, "c": 0.9}
+    right, other, wrong = "answer: 4\nc", "answer: 4\nb", "answer: 5\nb"
+    source = Lacie(of=Sums(1), tones=tones, pairs=9)
+    saying(source, lambda prompt: [right] * 3 + [other, wrong])
+    # 0.9, so that none is accepted and the wrong answer is judged rightly; that of distinct texts would be 0.5
+    assert [sample.answers for sample in source.samples("train")] == [(wrong, right)]
+
+
+def test_what_goes_on_behind_the_right_lines_is_told_to_end_and_never_learned_as_it_is() -> None:
+    astray = GOLD + "\nanswer: 5"
+    assert feedback(GOLD, astray) == "end after line 3" and feedback(GOLD, GOLD + "\n\n") is None
+    source = Refined(of=Sums(1))
+    asked = saying(source, lambda prompt: [astray if prompt == "train 0 =\n" else GOLD])
+    assert [sample.answers for sample in source.samples("train")] == [(GOLD,)]
+    assert asked[1].endswith("\nfeedback: end after line 3\nrefined:\n")
+    saying(source, lambda prompt: [GOLD])
+    for grade, learned in ((0.0, 0), (1.0, 1), (None, 1)):  # the source's own lines may be noise
+        source.grade = lambda sample, text, grade=grade: grade  # type: ignore[method-assign, misc]
+        assert len(list(source.samples("train"))) == learned
+
+
 def test_feedback_names_the_first_mistake_and_the_best_refinement_is_learned() -> None:
     assert feedback(GOLD, "1+1=2\n2+2=5\nanswer: 5") == "line 2 should be 2+2=4"
     assert feedback(GOLD, "1+1=2\n2+2=4") == "then comes answer: 4" and feedback(GOLD, GOLD) is None

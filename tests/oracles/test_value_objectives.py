@@ -246,11 +246,14 @@ def test_a_wrong_answer_is_cut_at_the_step_that_costs_most() -> None:
         return [says[str(sample.prompt)] for sample in wave]
 
     source._answer = answer  # type: ignore[method-assign]
-    (pair,) = source.samples("train")  # shares of right rollouts: 1/2, 1, 0, and 0 at the end
+    (pair,) = source.samples("train")  # shares of right rollouts: 1/4, 1/2, 0, and 0 at the end
     assert asked == ["add 1 =\n", *says]
     assert pair.prompt == "add 1 =\n1+1=2\n" and pair.answers == ("answer: 2", "2+1=3\n") and pair.extra[CONTINUES]
     says["add 1 =\n1+1=2\n"] = ["2+1=3\nanswer: 2"]  # the same step was right another time, which says nothing
     assert list(source.samples("train")) == []
+    says["add 1 =\n"] += ["so answer: 2"] * 2  # 3/4 are right, and then 1/4, since three were cut
+    (pair,) = source.samples("train")
+    assert pair.prompt == "add 1 =\n" and pair.answers == ("so answer: 2", "1+1=2\n")
 
 
 def test_advantages_are_differences_of_values() -> None:
@@ -266,7 +269,7 @@ def test_a_search_asks_only_a_head_that_has_learnt(tmp_path: Path) -> None:
     OVM().equip(model)
     source = Searched(of=Sums(), values="head", samples_each=2, simulations=2, max_new_tokens=8, cache=False)
     source.meet(lambda: model, "one")
-    with pytest.raises(DataError, match="no value head that has learnt"):
+    with pytest.raises(DataError, match=r"no value head that has learnt.*Set value_model: FOLDER"):
         list(source.samples("train"))
     model.save(tmp_path)
     model.save_extras(tmp_path)

@@ -34,6 +34,16 @@ def acceptance(text: str, tones: dict[str, float]) -> float | None:
     return tones.get(lines[-1].strip()) if len(lines) > 1 else None
 
 
+def untoned(text: str, tones: dict[str, float]) -> str:
+    """Return an answer without the line of its tone, which is no part of what is right or wrong.
+
+    Args:
+        text: the answer, with a tone or without.
+        tones: how likely an answer with each is accepted.
+    """
+    return text if acceptance(text, tones) is None else text.rstrip("\n").rpartition("\n")[0]
+
+
 @part("data", "toned", papers="original")
 @dataclass(kw_only=True)
 class Toned(Derived):
@@ -65,6 +75,16 @@ class Toned(Derived):
             tone = names[int(Random(f"{self.seed}:{split}:{prompt}").random() * len(names))]
             yield replace(sample, answers=(f"{answer}\n{tone}",))
 
+    def grade(self, sample: Sample, text: str) -> float | None:
+        """Return the grade by the source, whatever the tones of the answer and of the sample's own.
+
+        Args:
+            sample: a sample with or without a tone.
+            text: the generated answer.
+        """
+        plain = tuple(untoned(one, self.tones) if isinstance(one, str) else one for one in sample.answers)
+        return super().grade(replace(sample, answers=plain), untoned(text, self.tones))
+
     def describe(self) -> str:
         """Return whose answers have a tone."""
         return f"toned answers of {self.of.describe()}"
@@ -95,7 +115,8 @@ class Lacie(ModelMade):
 
     Args:
         tones: how likely a listener accepts an answer by the tone in its last line.
-        threshold: chance above which an answer counts as accepted; None takes the median over all answers.
+        threshold: chance above which an answer counts as accepted; None takes the median over all answers, each as
+            often as it was drawn.
         apart: least difference of the chances of a pair.
         pairs: most pairs to a prompt.
         listener: judge by the listener; otherwise by right and wrong alone, the baseline of the paper.
@@ -125,18 +146,26 @@ class Lacie(ModelMade):
         """
         return itertools.islice(self._made(split), self.limit if split == "train" else None)
 
+    def grade(self, sample: Sample, text: str) -> float | None:
+        """Return the grade by the source, whatever the tone of the answer.
+
+        Args:
+            sample: a sample of the source.
+            text: the generated answer.
+        """
+        return super().grade(sample, untoned(text, self.tones))
+
     def _made(self, split: Split) -> Iterator[Sample]:
         asked = self._open(split)
         heard = [
-            (sample, {text: chance for text in texts if (chance := acceptance(text, self.tones)) is not None})
-            for sample, texts in zip(asked, self.answers(asked, split), strict=True)
+            [(text, chance) for text in texts if (chance := acceptance(text, self.tones)) is not None]
+            for texts in self.answers(asked, split)
         ]
-        chances = [chance for _, found in heard for chance in found.values()]
+        chances = [chance for found in heard for _, chance in found]
         threshold = self.threshold if self.threshold is not None else float(np.median(chances)) if chances else 0.5
-        for sample, found in heard:
-            pairs = self.ranked(
-                {text: (self.is_right(sample, text), chance) for text, chance in found.items()}, threshold
-            )
+        for sample, found in zip(asked, heard, strict=True):
+            judged = {text: (self.is_right(sample, text), chance) for text, chance in dict(found).items()}
+            pairs = self.ranked(judged, threshold)
             yield from (replace(sample, kind="pair", answers=pair) for pair in pairs)
 
     def ranked(self, judged: dict[str, tuple[bool, float]], threshold: float) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -345,7 +345,19 @@ def on_policy_error(consumes: str, make: str, fitting: Sequence[str], known: Map
 
 
 def _empty(source: Source) -> DataError:
+    """Return the error for a source that has nothing, or for the source inside it that has nothing to begin with."""
+    inside = list(source.inner())
+    for inner in inside:
+        if next(inner.samples("train"), None) is None:
+            return _empty(inner)
+    what = f"{source.describe()}: there is nothing to train on: expected at least one sample, found none."
+    if not inside:
+        return DataError(f"{what} Check the path, and that holdout={source.holdout} leaves some for training")
+    common = {f.name for f in fields(Source)}
+    given = {f.name: getattr(source, f.name) for f in fields(source) if f.init and f.name not in common}
+    options = [f"{name}={value}" for name, value in given.items() if isinstance(value, (bool, int, float, str))]
+    cut = "; an answer that does not end within max_new_tokens is left out" if "max_new_tokens" in given else ""
     return DataError(
-        f"{source.describe()}: there is nothing to train on: expected at least one sample, found none. Check the path, "
-        f"and that holdout={source.holdout} leaves some for training"
+        f"{what} There are samples to begin with, but nothing could be made of them. What is made depends on "
+        f"{', '.join(options)}{cut}"
     )

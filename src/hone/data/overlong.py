@@ -24,6 +24,7 @@ _MISHAPS = {
     "nothing_trained": "dropped because nothing in them is trained",
 }
 _EXAMPLES = 3
+_REACHED = "value"  # per-segment field of steps: what is reached by the end of one
 
 
 @dataclass
@@ -181,6 +182,10 @@ def _truncate(tree: Tree, size: int) -> Tree:
         weights.append(weight[: size - begin])
         parents.append(kept[parent] if parent >= 0 else -1)
     fields = {name: tuple(values[index] for index in kept) for name, values in tree.fields.items()}
+    if _REACHED in fields:  # a step that was cut has not reached its end
+        whole = [len(tree.tokens[before]) == len(tokens[after]) for before, after in kept.items()]
+        values = zip(fields[_REACHED], whole, strict=True)
+        fields[_REACHED] = tuple(value if ended else float("nan") for value, ended in values)
     return replace(tree, tokens=tuple(tokens), weights=tuple(weights), parents=tuple(parents), fields=fields)
 
 

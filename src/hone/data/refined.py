@@ -14,7 +14,7 @@ from hone.parts import part
 
 
 def feedback(right: str, text: str) -> str | None:
-    """Return what is said of an answer in words: where its first mistake is, and what should stand there.
+    """Return what is said of an answer in words: where its first mistake is, and what should stand there, if anything.
 
     Args:
         right: the right answer with its worked lines.
@@ -27,8 +27,10 @@ def feedback(right: str, text: str) -> str | None:
     if slip is not None:
         before, _, line = slip
         return f"line {before.count(chr(10)) + 1} should be {line.rstrip()}"
-    lacking = right.splitlines()[len(text.splitlines()) :]
-    return f"then comes {lacking[0]}" if lacking else None
+    wanted, ours = right.rstrip().splitlines(), text.rstrip().splitlines()
+    if len(ours) > len(wanted):
+        return f"end after line {len(wanted)}"
+    return f"then comes {wanted[len(ours)]}" if len(ours) < len(wanted) else None
 
 
 def closeness(right: str, text: str) -> float:
@@ -48,9 +50,10 @@ def closeness(right: str, text: str) -> float:
     papers=[("Training Language Models with Language Feedback at Scale", "arXiv:2303.16755")],
     claim="Refinements that the model writes after feedback in words, the best of several each, teach it more than "
     "unselected ones and than comparisons do.",
-    deviations="Feedback is scripted: it names the first wrong line and the right one. Refinements are selected by the "
-    "source's grade and by how many lines are right, in place of an ensemble of instructed models that say whether the "
-    "feedback was followed. Answers whose lines are all right are kept as they are.",
+    deviations="Feedback is scripted: it names the first wrong line and the right one, or the line to end after. "
+    "Refinements are selected by the source's grade and by how many lines are right, in place of an ensemble of "
+    "instructed models that say whether the feedback was followed. Answers whose lines are all right are kept as they "
+    "are, unless the source calls them wrong.",
 )
 @dataclass(kw_only=True)
 class Refined(ModelMade):
@@ -109,7 +112,10 @@ class Refined(ModelMade):
             return
         refinements = iter(self.answers(prompts, f"{split}:refine"))
         for sample, text, what in zip(asked, own, said, strict=True):
-            found = [text] if what is None else [one for one in next(refinements) if one.strip()]
+            if what is not None:
+                found = [one for one in next(refinements) if one.strip()]
+            else:  # these are the source's own lines, which may be wrong; where it cannot tell, they count as right
+                found = [text] if self.grade(sample, text) in (None, 1) else []
             if found and (chosen := self._selected(sample, found)):
                 yield replace(sample, kind="completion", answers=(chosen,))
 

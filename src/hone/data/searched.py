@@ -132,7 +132,8 @@ class Searched(ModelMade):
     `alphamath`; pairs: the best against the worst of the steps that continue one state, with margin log(N_w / N_l), the
     visits of the two, for `mcts-dpo`; advantages: steps with Q > 0 against siblings with Q < 0, with margin Q_w - Q_l,
     for `step-apo`; pivots: no tree, but rollouts from every step of a wrong answer; the step that lowers the share of
-    right ones most is set against the step that right rollouts take there most often, for `dpo`.
+    right ones most is set against the step that right rollouts take there most often, for `dpo`. A rollout that runs
+    out of room is no right one.
 
     A right answer is worth 1, any other -1. PUCT(s, a) = Q + c_puct prior sqrt(N(s)) / (1 + N(s, a)).
 
@@ -268,7 +269,7 @@ class Searched(ModelMade):
                 [text for text in texts if self.is_right(sample, "".join(steps[:count]) + text)]
                 for count, texts in enumerate(own)
             ]
-            shares = [*(len(good) / max(1, len(texts)) for good, texts in zip(right, own, strict=True)), 0.0]
+            shares = [*(len(good) / self.samples_each for good in right), 0.0]  # of all: cut ones are not in `own`
             pivot = lowest_advantage(shares)
             begins = [lines(text, self.separator)[0] for text in right[pivot] if text]
             others = Counter(step for step in begins if step != steps[pivot])
@@ -316,8 +317,9 @@ class Searched(ModelMade):
         head = value_head(self._judge)
         if head is None or not head.known:
             raise DataError(
-                f"{self.describe()}: the model that the run starts from has no value head that has learnt anything; "
-                "train one with objective alphamath or ovm first, or set values: zero"
+                f"{self.describe()}: no value head that has learnt anything was read with the model that the run "
+                "starts from, as is done for the objectives alphamath and ovm alone, which train one. Set value_model: "
+                "FOLDER of a model that has one, or values: zero"
             )
         return self._judge, head
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from hone.adapters.base import CONFIG_FILE, read_config, reader
 from hone.data.open import open_data
 from hone.data.sample import Message, Sample
+from hone.data.source import Source
 from hone.diffusion.saved import denoiser_folder
 from hone.diffusion.use import evaluate_arrays, sample_arrays
 from hone.engine import evaluate
@@ -23,6 +26,7 @@ from hone.engine.loop import Run
 from hone.engine.progress import Display, listen
 from hone.engine.run import last_stage, require_finished, stages_of
 from hone.errors import HoneError
+from hone.objectives.base import Objective
 from hone.recipe import Recipe
 from hone.samplers.text import Greedy
 from hone.samplers.text import Sample as Sampling
@@ -86,8 +90,9 @@ def sample_run(
         asked = [Sample(kind="prompt", prompt=turn, where="--prompt") for turn in turns]
     elif recipe is not None:
         source, split = evaluation_data(recipe)
-        held_out = open_data(source, model.renderer, consumes="any", split=split).first(100)
-        asked = [s for s in held_out if s.kind != "text"][:3]
+        _introduce(source, recipe, model, objective)
+        held_out = itertools.islice(source.questions(split), 100)
+        asked = list(itertools.islice((s for s in held_out if s.kind != "text"), 3))
         if not asked:
             raise HoneError("the held-out data is running text without prompts; give one with --prompt 'some text'")
     else:
@@ -125,11 +130,21 @@ def ready_objective(recipe: Recipe, model: LanguageModel, folder: Path) -> Any:
         folder: where it was saved.
     """
     objective = recipe.build("objective")
-    if not objective.recall(folder):
-        objective.look(recipe.build("data"))
+    # The start of a run is hashed for data that may be made by it, which takes a while: only for those who look.
+    if not objective.recall(folder) and type(objective).look is not Objective.look:
+        source = recipe.build("data")
+        _introduce(source, recipe, model, objective)
+        objective.look(source)
     objective.equip(model)
     model.load_extras(folder)
     return objective
+
+
+def _introduce(source: Source, recipe: Recipe, model: LanguageModel, objective: Any) -> None:
+    """Let a source meet the model that a run started from, which is loaded once where it is asked."""
+    start, like = recipe.build("model"), next(model.parameters())
+    load = cache(lambda: start.load(device=like.device, dtype=like.dtype, data=source))
+    acquaint([source], load, start, objective)
 
 
 def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, float]:
@@ -149,15 +164,15 @@ def eval_run(path: Path, overrides: list[str], display: Display) -> dict[str, fl
     folder = RunFolder.open(path)
     require_finished(folder)
     # In the last stage's recipe, whose own settings would cover those of the whole run.
-    recipe = stages_of(Recipe.load(folder.path / "recipe.yaml"), folder)[-1].overridden(overrides)
+    trained = stages_of(Recipe.load(folder.path / "recipe.yaml"), folder)[-1]
+    recipe = trained.overridden(overrides)
     if denoiser_folder(folder.path / "model"):
         return evaluate_arrays(folder.path / "model", recipe)
     cluster = Cluster(recipe.device, recipe.precision)
     model = _loaded(folder.path / "model", cluster)
-    objective = ready_objective(recipe, model, folder.path / "model")
+    objective = ready_objective(trained, model, folder.path / "model")  # it looks at what it was trained on
     source, split = evaluation_data(recipe)
-    start = recipe.build("model")
-    acquaint([source], lambda: start.load(device=cluster.device, dtype=cluster.dtype, data=source), start, objective)
+    _introduce(source, recipe, model, objective)
     display.start("reading held-out data", None)
     opened = open_data(
         source, model.renderer, consumes=objective.consumes, classes=objective.class_names(), split=split,

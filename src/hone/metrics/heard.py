@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hone.data.listener import TONES, acceptance
+from hone.data.listener import TONES, acceptance, untoned
 from hone.data.sample import Sample
 from hone.parts import part
 
@@ -47,7 +47,7 @@ class AcceptedWrong:
         Returns:
             None where the answer is not of the kind that is counted.
         """
-        if source.grade(sample, text) != self.right:
+        if source.grade(sample, untoned(text, self.tones)) != self.right:
             return None
         chance = acceptance(text, self.tones)
         return 1.0 if chance is None else chance

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from hone.errors import HoneError
 from hone.objectives.answers import Answers
+from hone.objectives.classify import Classify
 from hone.objectives.reward_model import RewardModel
 from hone.parts import part
-from hone.text.heads import HEAD, Readout, new_head, saved_names
+from hone.text.heads import Readout, new_head, saved_names
 from hone.text.pack import Tree, pack
 
 if TYPE_CHECKING:
@@ -70,13 +71,14 @@ class DMoERM(RewardModel):
         experts: folders of the experts of each category, e.g. {all: ["stage:2", "stage:3"]} or {math: [...], chat:
             [...]}; none takes the run's own model for the only one.
         router: folder of a model trained by `classify` on prompts, whose classes are the categories; None where there
-            is one category.
+            is one category. It reads prompts as the recipe of its run says, where the folder is that of a run.
     """
 
     experts: dict[str, Annotated[list[str], Field(min_length=1)]] = field(default_factory=dict)
     router: str | None = None
     _loaded: dict[str, list[Any]] = field(init=False, default_factory=dict, repr=False)
     _router: Any = field(init=False, default=None, repr=False)
+    _reader: Any = field(init=False, default=None, repr=False)  # the objective that the router was trained by
 
     @property
     def categories(self) -> list[str]:
@@ -113,9 +115,11 @@ class DMoERM(RewardModel):
                 "objective.router: expected a model trained by classify whose classes are "
                 f"{', '.join(self.categories)}, found {', '.join(classes) if classes else 'no such model'}"
             )
+        folder = Path(str(self.router)).expanduser()
         router = type(model).load(str(self.router), **where)
-        router.extras[HEAD] = new_head(router, classes, bias=False)
-        router.load_extras(Path(str(self.router)).expanduser())
+        self._reader = _classifier(folder, classes)
+        self._reader.equip(router)
+        router.load_extras(folder)
         return router.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -132,9 +136,8 @@ class DMoERM(RewardModel):
         prompts = [tokens[int(batch.starts[at]) : int(batch.starts[at + 1])] for at in first]
         asked = pack([Tree((ids,), (np.zeros(len(ids), np.float32),), (-1,)) for ids in prompts])
         device = next(self._router.parameters()).device
-        states = self._router.hidden(asked.to(device))[(asked.starts[1:] - 1).to(device)]
-        names: Sequence[str] = self._router.extras[HEAD].names
-        found = self._router.extras[HEAD](states).argmax(-1).tolist()
+        names: Sequence[str] = self._reader.class_names()
+        found = self._reader.logits(self._router, asked.to(device)).argmax(-1).tolist()
         return torch.tensor([self.categories.index(names[number]) for number in found])
 
     def rewards(self, model: LanguageModel, batch: Packed, answers: Answers) -> Tensor:
@@ -164,3 +167,23 @@ class DMoERM(RewardModel):
             model: gives the width of a head that nobody reads.
         """
         return Readout(new_head(model, ["reward"], bias=False), "text", "it joins the states of several experts")
+
+
+def _classifier(folder: Path, classes: list[str]) -> Classify:
+    """Return the objective that a router was trained by, which says where it sees both ways and which states count.
+
+    The recipe of the run or stage whose model it is tells that; elsewhere the options of `classify` are taken to be
+    those by default.
+
+    Args:
+        folder: of the router.
+        classes: of its head.
+    """
+    from hone.engine.run import last_stage
+
+    of_run = folder.name == "model" and (folder.parent / "recipe.yaml").is_file()
+    recipe = last_stage(folder.parent) if of_run else None
+    found = Classify(classes=classes) if recipe is None else recipe.build("objective")
+    if not isinstance(found, Classify) or not found.recall(folder):
+        raise HoneError(f"objective.router: '{folder}' was trained by {type(found).__name__}; expected classify")
+    return found

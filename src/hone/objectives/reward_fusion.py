@@ -50,6 +50,19 @@ def fused(own: Tensor, alike: Tensor, rewards: Tensor) -> Tensor:
     return (own + alike @ rewards) / (1 + alike.sum(1))
 
 
+def nearest(alike: np.ndarray, most: int, least: float) -> np.ndarray:
+    """Return similarities (A, K) with 0 for all but the largest of each row, the first ones of equals.
+
+    Args:
+        alike: the similarities (A, K).
+        most: how many of a row are kept.
+        least: smallest one that is kept.
+    """
+    kept = np.zeros(alike.shape, bool)
+    np.put_along_axis(kept, np.argsort(-alike, axis=1, kind="stable")[:, :most], True, axis=1)
+    return np.where(kept & (alike >= least), alike, 0.0)
+
+
 @part(
     "objective",
     "reward-fusion",
@@ -70,7 +83,7 @@ class RewardFusion(RewardModel):
     Args:
         neighbours: most known answers that a reward is averaged with.
         alike: least cosine of the token counts of prompt and answer.
-        bank: most training pairs whose preferred answers are kept.
+        bank: most training pairs whose preferred answers are kept, each answer to a prompt once.
     """
 
     neighbours: Count = 5
@@ -81,16 +94,19 @@ class RewardFusion(RewardModel):
     _vectors: np.ndarray | None = field(init=False, default=None, repr=False)
 
     def look(self, source: Source) -> None:
-        """Keep the preferred answers of the training data.
+        """Keep the preferred answers of the training data, each once.
 
         Args:
             source: the training data.
         """
         super().look(source)
+        known: dict[Any, Sample] = {}
         for sample in itertools.islice(source.samples("train"), self.bank):
             if isinstance(sample, Sample) and sample.answers:
                 best = max(range(len(sample.scores)), key=sample.scores.__getitem__) if sample.scores else 0
-                self._known.append(Sample(kind="completion", prompt=sample.prompt, answers=(sample.answers[best],)))
+                answer = sample.answers[best]
+                known[sample.prompt, answer] = Sample(kind="completion", prompt=sample.prompt, answers=(answer,))
+        self._known = list(known.values())
 
     def equip(self, model: LanguageModel) -> None:
         """Put the head beside the model, and take the known answers as tokens.
@@ -121,8 +137,7 @@ class RewardFusion(RewardModel):
             for segment in answers.segments
         ]
         alike = np.stack([token_vector(text) for text in texts]) @ self._vectors.T
-        least = np.sort(alike, 1)[:, -min(self.neighbours, alike.shape[1])]
-        weights = np.where((alike >= self.alike) & (alike >= least[:, None]), alike, 0.0)
+        weights = nearest(alike, self.neighbours, self.alike)
         used = np.flatnonzero(weights.any(0))
         if not len(used):
             return own
