@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -18,13 +19,14 @@ import pytest
 from families.test_rewards import SOURCE, attempt
 from hone import options, parts
 from hone.data.sample import Sample
-from hone.errors import HoneError
+from hone.errors import DataError, HoneError, MissingPackage
 from hone.rewards import text
 from hone.rewards.base import Attempt, Reward, Score, from_function
+from hone.rewards.closeness import Closeness
 from hone.rewards.code import Code, Efficiency
 from hone.rewards.exact import Exact
 from hone.rewards.judge import Appraised, bounded, judge
-from hone.rewards.process import Hackable
+from hone.rewards.process import Hackable, Process
 
 
 @dataclass(kw_only=True)
@@ -54,7 +56,9 @@ BAD = {
     "raised ZeroDivisionError: by nothing": fail, "gave nan": lambda: math.nan, "gave inf": lambda: math.inf,
     "gave None": lambda: None, "gave '1'": lambda: "1", "gave \\[1\\]": lambda: [1],
     "gave a step that ends at 9": lambda: Score(0.0, ((9, 1.0),)), "ends at 0": lambda: Score(0.0, ((0, 1.0),)),
-    "gave nan; expected": lambda: Score(0.0, ((1, math.nan),)),
+    "gave nan; expected": lambda: Score(0.0, ((1, math.nan),)), "raised SystemExit: 2": lambda: sys.exit(2),
+    "gave 1.2e.308 and has weight 1; expected numbers of at most 1e.30": lambda: 1.2e308,
+    "gave -1e.31 and has weight 1": lambda: Score(0.0, ((1, -1e31),)),
 }  # fmt: skip
 
 
@@ -67,8 +71,8 @@ def test_a_bad_reward_is_named_with_its_sample(message: str, caplog: pytest.LogC
         found = tried(reward, "good", "bad", "good", "bad", on_error="skip")
     assert [one is None for one in found] == [False, True, False, True]
     assert "2 of 4 answers are left out, the first because of data.jsonl:2" in caplog.text
-    with pytest.raises(HoneError, match="It is so with all 2 answers"):
-        tried(reward, "bad", "bad", on_error="skip")
+    assert tried(reward, "bad", "bad", on_error="skip") == [None, None]
+    assert "2 of 2 answers are left out, the first because of data.jsonl:1: reward 'bad'" in caplog.text
 
 
 def test_a_wrong_count_is_told() -> None:
@@ -86,6 +90,51 @@ def test_a_wrong_count_is_told() -> None:
         tried(Mixing(), "a", "b", on_error="skip")
 
 
+def test_a_weight_may_not_make_numbers_endless() -> None:
+    for weight in (10.0, math.inf, math.nan):
+        with pytest.raises(HoneError, match=r"data.jsonl:1: reward 'bad' gave 1e.30 and has weight"):
+            tried(Bad(does=lambda: 1e30, weight=weight), "bad")
+    found = judge([Bad(does=lambda: 1e30)] * 9, answers("bad"), SOURCE, on_error="raise", patience=20)
+    assert found == [Appraised(pytest.approx(9e30), found[0].parts)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("reward", "extra", "message"),
+    [
+        (Code(), {}, "reward 'code': expected a list of tests"),
+        (text.Length(), {"max_tokens": "x"}, "reward 'length': column 'max_tokens': expected a number"),
+        (text.LengthPenalty(budgets={"a": 1}), {"level": "b"}, "reward 'length-penalty': column 'level' asks"),
+        (Closeness(), {}, "reward 'closeness' needs a number"),
+    ],
+)
+def test_errors_of_rewards_themselves_name_them_the_place_and_the_way_out(
+    reward: Reward, extra: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"^data.jsonl:1: {message}.*[^.]\. on_error: skip leaves such answers out"):
+        judge([reward], [attempt("a", **extra)], SOURCE, on_error="raise", patience=60)
+
+
+def test_an_error_of_any_class_keeps_it() -> None:
+    def lack() -> None:
+        raise MissingPackage("there", "reward 'bad'")
+
+    with pytest.raises(
+        MissingPackage, match=r"^data.jsonl:1: reward 'bad' needs the package 'there'.*. on_error: skip"
+    ):
+        tried(Bad(does=lack), "bad")
+
+
+def test_an_inner_reward_that_gives_too_few_numbers_is_told() -> None:
+    class One(Bad):
+        name = "one"
+
+        def score(self, attempts: Sequence[Attempt], source: Any) -> list[Any]:
+            return [1.0]
+
+    with pytest.raises(HoneError, match=r"^data.jsonl:1: reward 'process': reward 'one' gave 1 scores for 3 answers"):
+        tried(Process(of=One()), "a\nb\nc")
+
+
 def swallow() -> None:
     while True:
         with contextlib.suppress(Exception):
@@ -96,14 +145,60 @@ HANGS = {"sleep": lambda: time.sleep(30), "loop": lambda: all(iter(int, 1)) or s
 
 
 @pytest.mark.parametrize("name", ["sleep", "swallow"])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_a_reward_that_hangs_is_interrupted(name: str, on_error: str) -> None:
+def test_a_reward_that_hangs_is_interrupted(name: str, caplog: pytest.LogCaptureFixture) -> None:
     begun = time.monotonic()
     with pytest.raises(
-        HoneError, match=r"reward 'bad' did not come back within 0.3 s; .*data.jsonl:2\. Mend .*`patience`"
+        HoneError,
+        match=r"^reward 'bad' did not come back within 0.3 s; .*data.jsonl:2\. Mend .*`patience`; on_error: skip",
     ):
-        tried(Bad(does=HANGS[name]), "good", "bad", on_error=on_error, patience=0.3)
+        tried(Bad(does=HANGS[name]), "good", "bad", patience=0.3)
     assert time.monotonic() - begun < 5
+    with caplog.at_level(logging.WARNING, "hone"):
+        found = tried(Bad(does=HANGS[name]), "good", "bad", on_error="skip", patience=0.3)
+    assert [one is None for one in found] == [False, True] and time.monotonic() - begun < 10
+    late = "data.jsonl:2: reward 'bad' did not come back within 0.3 s; the answer was 'bad'. Mend"
+    assert f"1 of 2 answers are left out, the first because of {late}" in caplog.text
+
+
+def test_a_reward_that_hangs_on_everything_is_given_up_whatever_on_error_says() -> None:
+    begun = time.monotonic()
+    with pytest.raises(HoneError, match=r"data.jsonl:4: .*\nSo it was with 3 answers in a row"):
+        tried(Bad(does=HANGS["sleep"]), "good", *["bad"] * 40, on_error="skip", patience=0.3)
+    assert time.monotonic() - begun < 5
+
+
+@dataclass(kw_only=True)
+class Slow(Bad):
+    """Takes some time for each call, and some for each answer."""
+
+    call: float = 0.0
+    each: float = 0.0
+
+    def score(self, attempts: Sequence[Attempt], source: Any) -> list[Any]:
+        time.sleep(self.call + self.each * len(attempts))
+        return super().score(attempts, source)
+
+
+def test_each_call_of_the_search_has_a_time_of_its_own() -> None:
+    texts, reward = (*["good"] * 5, "bad"), Slow(does=lambda: math.nan, call=0.2)
+    with pytest.raises(HoneError, match=r"^data.jsonl:6: reward 'bad' gave nan"):
+        tried(reward, *texts, patience=0.8)
+    found = tried(reward, *texts, on_error="skip", patience=0.8)
+    assert [one is None for one in found] == [False] * 5 + [True]
+
+
+def test_an_answer_on_which_the_search_waits_is_named() -> None:
+    class Waiting(Bad):
+        def score(self, attempts: Sequence[Attempt], source: Any) -> list[Any]:
+            return super().score(attempts, source) if len(attempts) == 1 else [math.nan] * len(attempts)
+
+    with pytest.raises(HoneError, match=r"^data.jsonl:2: reward 'bad' did not come back within 0.3 s; the answer was"):
+        tried(Waiting(does=HANGS["sleep"]), "good", "bad", patience=0.3)
+
+
+def test_a_reward_that_is_late_with_all_answers_and_with_none_alone_is_told() -> None:
+    with pytest.raises(HoneError, match=r"^reward 'bad' did not come .*; each answer alone goes well\. Mend .*time"):
+        tried(Slow(each=0.3), *["good"] * 4, on_error="skip", patience=0.9)
 
 
 def test_a_reward_with_limits_of_its_own_has_the_time_that_they_allow() -> None:
@@ -112,6 +207,9 @@ def test_a_reward_with_limits_of_its_own_has_the_time_that_they_allow() -> None:
             return 10.0 * answers
 
     assert tried(Bounded(does=lambda: time.sleep(0.3) or 1.0), "bad", patience=0.1) == tried(Bad(), "good")
+    steps = Process(of=[Bounded(), Bounded()])
+    assert steps.longest(steps.texts(answers("a\nb", "c"))) == 60 and Bad().texts(answers("a\nb", "c")) == 2
+    assert tried(Process(of=Bounded(does=lambda: time.sleep(0.3) or 1.0)), "bad", patience=0.1)[0].total == 1  # type: ignore[union-attr]
     assert Code(wall=3, workers=2).longest(5) == 3 * 5.0 and Efficiency(wall=3, workers=2).longest(2) == 3 * 5.0
 
 

@@ -57,7 +57,8 @@ def test_regex_searches_matches_and_counts() -> None:
         ("think", ["<think>so</think>\n<answer>5</answer>"], ["<answer>5</answer>", "<think>a</think>5",
                    "<think><think>a</think></think><answer>5</answer>", "<think>a</think><answer>5</answer> b"]),
         ("boxed", [r"so \boxed{5} it is"], ["boxed 5", r"\boxed{}"]),
-        ("code", ["Here:\n```python\nf()\n```\n"], ["f()", "```\n```"]),
+        ("code", ["Here:\n```python\nf()\n```\n", "```python3\nf()\n```", " ```c++\r\n f()\r\n ```", "```\nf()```"],
+                 ["f()", "```\n```", "```\nf()", "a ```b``` c"]),
     ],
 )  # fmt: skip
 def test_forms(layout: Any, good: list[str], bad: list[str]) -> None:
@@ -147,13 +148,17 @@ def test_the_hackable_reward_is_hacked_by_repetition_and_cured() -> None:
 def test_true_equations() -> None:
     good = ["4+5=9", "f(7)=7+6=13", "6+9+0=15 c1 5", "8 - 0 - 0 = 8 b0", "29=4*7+1", "(2+3)*4=20 and 7//2=3", "-3+5=2",
             "10/4=2.5", "2.5+1=3.5", "0.05+0.10=0.15", "007+1=8", "3 \u00d7 4 = 12", "1,000+2=1,002", "- 3+4=7",
-            "so, 3+4=7", "x + 3 = 7, so x = 7 - 3 = 4", "50% of 20 = 10, 3 apples + 4 = 7 and 10-7=3"]  # fmt: skip
+            "so, 3+4=7", "10/3=3.3333333333", "1000000000*2/4=500000000",
+            "x + 3 = 7, so x = 7 - 3 = 4", "50% of 20 = 10, 3 apples + 4 = 7 and 10-7=3"]  # fmt: skip
     bad = [
         "4+5=8",
         "no equation",
         "answer: 5",
         "a=b",
         "1/0=1",
+        "1000000000+1=1000000000",
+        "3*333333334=1000000001",
+        "1000000002/2=500000000",
         "4=4*1+1",
         "9" * 300 + "=1",
         "2**9=512",
@@ -253,7 +258,7 @@ def test_results_are_compared_as_values() -> None:
     [None, [], "no json", [3], ["assert f(x) == 1"], ["assert f(1)"], ["import os"], [{"call": "f"}], ["f(1) == 1"],
      [{"call": "f()", "expected": 1}], [{"call": "f", "args": 3, "expected": 1}], [{"input": 3, "expected": "1"}],
      [{"input": "3", "expected": 1}], [{"call": "f", "run": 1, "expected": 1}], ["assert f(**{}) == 1"],
-     ["assert f.g(1) == 1"]],
+     ["assert f.g(1) == 1"], ["assert f(a=1, a=2) == 1"], ["assert f(*[1]) == 1"]],
 )  # fmt: skip
 def test_tests_of_another_form_are_refused(tests: Any) -> None:
     with pytest.raises(DataError, match=r"data.jsonl:1: .*column .tests.*"):
@@ -262,8 +267,70 @@ def test_tests_of_another_form_are_refused(tests: Any) -> None:
 
 def test_assertions_of_literals_are_read() -> None:
     made = code.tests_of(coded("", tests=["assert f([1, 2], (3,), k={'a': -1}) == {2, 1}"]).sample, "tests")[0]
-    assert made.asked == {"call": "f", "args": [[1, 2], [3]], "kwargs": {"k": {"a": -1}}} and made.expected == [1, 2]
-    assert code_in("```\na\n") == "a" and code_in("plain") == "plain"
+    assert made.asked == {"call": "f", "literals": "([[1, 2], (3,)], {'k': {'a': -1}})"} and made.expected == {1, 2}
+    forged: list[Any] = [{"set": [[1]]}, {"dict": [1]}, {"tuple": 1}, {"bytes": "\u2192"}, {"else": []}, {}]
+    assert not any(made.passed({"value": value}, 0.0) for value in [*forged, {"list": [1, 2]}, [1, 2]])
+    assert made.passed({"value": {"set": [2, 1]}}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "test"),
+    [
+        ("(a, b): return a + b + (9,)", "f((1, 2), (3,)) == (1, 2, 3, 9)"),
+        ("(d, k): return d[k]", "f({1: 2}, 1) == 2"), ("(s, t): return s | t", "f({1}, t={2}) == {1, 2}"),
+        ("(s): return len(s), s", "f(set()) == (0, set())"),
+        ("(x): return {x: [None, True]}", "f(b'x') == {b'x': [None, True]}"), ("(x): return {x}", "f('a') == {'a'}"),
+        ("(x): return x * 10", "f(1e999) == 1e999"), ("(x): return x * 1j", "f(2j) == -2"),
+        ("(x): return x.keys()", "f({(1, 2): 3}) == {(1, 2)}"), ("(x): return 1", "f(1) == True, 'said'"),
+        ("(x):\n from collections import Counter\n return Counter(x)", "f([(1, 2), (1, 2)]) == {(1, 2): 2}"),
+    ],
+)  # fmt: skip
+def test_assertions_pass_and_compare_values_of_python(body: str, test: str) -> None:
+    assert scores(Code(), coded(f"def f{body}", tests=[f"assert {test}"])) == [1]
+
+
+def test_assertions_tell_types_apart_that_python_does() -> None:
+    tests = ["assert f() == [1, 2]", "assert g() == (1, 2)", "assert h() == {1: 2}", "assert i() == 0.3"]
+    other = "f = lambda: (1, 2)\ng = lambda: [1, 2]\nh = lambda: {'1': 2}\ni = lambda: 0.1 + 0.2"
+    assert scores(Code(), coded(other, tests=tests)) == [0]
+
+
+def test_sets_are_listed_by_value() -> None:
+    body = "def f(k): return [{1, 2, 10}, {'b', 1}, {frozenset({10, 2}), frozenset({1})}][k]"
+    expected: list[Any] = [[1, 2, 10], ["b", 1], [[1], [2, 10]]]
+    tests = [{"call": "f", "args": [k], "expected": value} for k, value in enumerate(expected)]
+    assert scores(Code(), coded(body, tests=tests)) == [1]
+    assert scores(Code(), coded(body, tests=[{"call": "f", "args": [0], "expected": {10, 2, 1}}])) == [1]
+
+
+def test_code_that_takes_longer_than_it_may_passes_nothing() -> None:
+    burn = "import time\ndef f(n):\n    end = time.process_time() + 0.6\n    while time.process_time() < end: pass\n"
+    answer = coded(f"{burn}    return n * (n + 1) // 2", tests=["assert f(3) == 6"])
+    assert scores(Code(seconds=0.3), answer) == [0] and scores(Code(seconds=5.0), answer) == [1]
+    assert scores(Efficiency(seconds=0.3), answer) == [-0.6]
+    with pytest.raises(DataError, match="does not pass the sample's own tests: time"):
+        scores(Efficiency(seconds=0.3), coded(RIGHT, reference=answer.text))
+
+
+@pytest.mark.parametrize(
+    ("answer", "inside"),
+    [
+        ("```\na\n", "a"), ("plain", "plain"), ("```python\r\na\r\nb\r\n```\r\n", "a\nb"), ("```c++\na\n```", "a"),
+        ("1. So:\n   ```python\n   a\n     b\n   ```\n", "a\n  b"), ("```python\na\nb```\nmore", "a\nb"),
+        ("```\na```\n```\nb\n```", "b"),
+        ("```py\ns = '\n    ```\n    x\n    ```\n'\n```", "s = '\n    ```\n    x\n    ```\n'"),
+        ("````\n```\na\n```\n````", "```\na\n```"), ("```\nuse ```x```\na\n```", "use ```x```\na"),
+        ("```\na\n```\nGood luck ```\n", "a"), ("Here: ```python\na\n```", "a"), ("```\n\n```", ""),
+    ],
+)  # fmt: skip
+def test_the_code_in_an_answer(answer: str, inside: str) -> None:
+    assert code_in(answer) == inside
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["`" * 50_000, "``` " * 20_000, "```\n" + " " * 50_000, "```\n" + "a`\n" * 30_000])
+def test_finding_code_takes_time_that_grows_with_the_length_alone(text: str) -> None:
+    assert code_in(text) is not None
 
 
 def test_efficiency_is_stepped() -> None:

@@ -341,6 +341,7 @@ def worth(code: str, tests: list[Any]) -> float:
 
 NEEDLE = "needle-6f1d"
 TEST = [{"call": "f", "args": [7], "expected": NEEDLE}]
+ASSERTED = [f"assert f(7) == {NEEDLE!r}"]
 FORGED = json.dumps({"test": 0, "value": "passed", "output": "passed", "passed": True, "ok": True, "done": True}) + "\n"
 CHEATS = {
     "exit code": "import os\nos._exit(0)",
@@ -418,7 +419,7 @@ def f(x):
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_is_worth_nothing(name: str) -> None:
-    assert worth(CHEATS[name], TEST) == 0
+    assert worth(CHEATS[name], TEST) == 0 == worth(CHEATS[name], ASSERTED)
 
 
 def test_the_first_answer_counts() -> None:
@@ -468,6 +469,15 @@ def test_what_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         sandbox.prove()
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     with pytest.raises(HoneError, match="not of darwin"):
+        sandbox.prove()
+
+
+def test_time_that_is_up_before_the_start_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = run("def f(): return 1", wall=1e-3)
+    assert late.ended == "time" and late.results == ({"error": "ended early: time"},) and late.compiled
+    monkeypatch.setattr(sandbox, "_proofs", [])
+    monkeypatch.setattr(sandbox, "run_in", lambda *given, **options: late)
+    with pytest.raises(sandbox.Refused, match="escapes did not come to their end"):  # none of them has failed
         sandbox.prove()
 
 

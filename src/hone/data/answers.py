@@ -6,8 +6,13 @@ import json
 import re
 from fractions import Fraction
 
-NUMBER = re.compile(r"-?\d{1,100}(/\d{1,100}|\.\d{1,100})?")  # bounded: 1e999999999 would take all memory to read
-_MARK = re.compile(r"####|answer\s*:|<answer>|\\boxed\s*\{", re.IGNORECASE)
+NUMBER = re.compile(  # bounded: 1e999999999 would take all memory to read
+    r"(?P<sign>[-+]?)(?:(?P<whole>\d{1,100}) )?"  # of a mixed number
+    r"(?P<rest>\d{1,100}/\d{1,100}|(?:\d{1,100}(?:\.\d{1,100})?|\.\d{1,100})(?:e[-+]?\d{1,3})?)",
+    re.IGNORECASE,
+)
+_MARK = re.compile(r"####|answer[\s*_]*:|<answer>|\\boxed\s*\{", re.IGNORECASE)
+_CLOSED = re.compile("</answer>", re.IGNORECASE)
 _FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 
 
@@ -16,17 +21,22 @@ def final_answer(text: str) -> str:
 
     It is what the last of these marks says: "####" or "answer:", up to the end of the line; the body of <answer>; what
     stands in \boxed{}. A text without any of them is the answer itself. White space, emphasis, dollar signs, thousands
-    separators and full stops at the end do not count.
+    separators and full stops at the end do not count; "3\frac{1}{2}" is "3 1/2".
 
     Args:
         text: an answer, or a reference.
     """
+    text = re.sub(r"^([-+]) ?\$ ?", r"\1", _stated(text).lstrip("*$ ").rstrip("*$. "))
+    text = _FRACTION.sub(r"\1/\2", re.sub(r"(?<=\d)(?=\\[dt]?frac\{)", " ", text))
+    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+
+
+def _stated(text: str) -> str:
+    """Return the final answer in a text as it is written."""
     marks = list(_MARK.finditer(text))
     if marks:
         text = _marked(marks[-1][0], text[marks[-1].end() :])
-    text = " ".join(text.replace("\\$", "$").replace("\u2212", "-").split())
-    text = _FRACTION.sub(r"\1/\2", text.lstrip("*$ ").rstrip("*$. "))
-    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    return " ".join(text.replace("\\$", "$").replace("\u2212", "-").split())
 
 
 def _marked(mark: str, rest: str) -> str:
@@ -37,23 +47,27 @@ def _marked(mark: str, rest: str) -> str:
             depth += (letter == "{") - (letter == "}")
             if depth == 0:
                 return rest[:place]
-    inside = rest.partition("</answer>")[0]
+    inside = _CLOSED.split(rest, maxsplit=1)[0]
     return inside if mark.startswith("<") else inside.strip().split("\n", 1)[0]
 
 
 def number(text: str) -> Fraction | None:
-    """Return the number that a text is, such as "-3/2", "0.5" or "7", None where it is none or has over 100 digits.
+    """Return the number that a text is, such as "-3/2", "1 1/2", "0.5", "1e-05" or "7".
 
     Args:
         text: it.
+
+    Returns:
+        None where it is no number, or one of over 100 digits or 3 of its exponent.
     """
-    written = text.strip().removesuffix(".")
-    if not NUMBER.fullmatch(written):
+    found = NUMBER.fullmatch(text.strip().removesuffix("."))
+    if found is None or (found["whole"] and "/" not in found["rest"]):
         return None
     try:
-        return Fraction(written)
+        size = Fraction(found["rest"]) + int(found["whole"] or 0)
     except ZeroDivisionError:
         return None
+    return -size if found["sign"] == "-" else size
 
 
 def calls(text: str) -> list[tuple[str, object]]:
@@ -81,7 +95,8 @@ def same_answer(text: str, other: str) -> bool:
     """Return whether two texts end with the same answer: the same words, numbers of the same value, or calls of tools.
 
     Where the reference calls tools, the same tools must be called with equal arguments, in the same order; how the JSON
-    is laid out does not matter.
+    is laid out does not matter. Signs that do not count do so in a reference of nothing else, such as "*"; no answer is
+    the same as an empty one.
 
     Args:
         text: an answer, or a reference.
@@ -90,5 +105,7 @@ def same_answer(text: str, other: str) -> bool:
     if wanted := calls(other):
         return calls(text) == wanted
     found, expected = final_answer(text), final_answer(other)
+    if not expected:
+        return bool(_stated(other)) and _stated(text) == _stated(other)
     value = number(found)
     return found == expected or (value is not None and value == number(expected))

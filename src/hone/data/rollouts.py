@@ -86,8 +86,8 @@ class Rollouts(Derived):
         hint_until: share of the run after which nothing is given any more.
         curation: of make: curated, the temperature of the choice.
         engine: what generates: "hone", or "vllm" where that is installed.
-        on_error: what is done when a reward fails on a sample: "raise", or "skip" its group and count it.
-        patience: seconds that a reward may take for a phase.
+        on_error: what is done when a reward fails or hangs on a sample: "raise", or "skip" its group and count it.
+        patience: seconds that one call of a reward may take; it is called for all answers of a phase together.
         batch: most samples that are generated at once.
     """
 

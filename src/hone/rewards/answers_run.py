@@ -1,10 +1,12 @@
 """What runs an answer's code inside the sandbox: its tests one by one, its input and output, the count of its lines.
 
-`jail.py` loads this file before it shuts itself in; like that, it imports nothing but the standard library.
+`jail.py` loads this file before it shuts itself in; like that, it imports nothing but the standard library. The forms
+in which values go out are here too, for both sides.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import io
@@ -12,7 +14,7 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -139,6 +141,87 @@ class Counter:
         return step
 
 
+def in_order(members: Iterable[Any]) -> list[Any]:
+    """Return the members of a set by their value, or by how they are written where values cannot be compared.
+
+    Args:
+        members: may be sets themselves, which become lists too.
+    """
+    listed = [in_order(one) if isinstance(one, frozenset) else one for one in members]
+    try:
+        return sorted(listed)
+    except TypeError:
+        return sorted(listed, key=repr)
+
+
+def plain(value: object) -> object:
+    """Return a set as a sorted list, and anything that is no value of JSON as an error.
+
+    Args:
+        value: what JSON cannot hold.
+
+    Raises:
+        TypeError: it is no set.
+    """
+    if isinstance(value, set | frozenset):
+        return in_order(value)
+    raise TypeError(f"gave a {type(value).__name__}; expected numbers, texts, lists, tuples, sets or dicts")
+
+
+def packed(value: object) -> object:
+    """Return a value as JSON that tells tuples, sets, dicts, bytes and complex numbers from lists and texts.
+
+    Args:
+        value: what a literal of Python can be, or is equal to one.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list():
+            return [packed(one) for one in value]
+        case tuple():
+            return {"tuple": [packed(one) for one in value]}
+        case Set():
+            return {"set": [packed(one) for one in value]}
+        case Mapping():
+            return {"dict": [[packed(key), packed(one)] for key, one in value.items()]}
+        case bytes() | bytearray():
+            return {"bytes": value.decode("latin-1")}
+        case complex():
+            return {"complex": [value.real, value.imag]}
+    return plain(value)
+
+
+def unpacked(value: Any) -> Any:
+    """Invert `packed`; nothing is trusted to be well formed.
+
+    Args:
+        value: what JSON gave.
+
+    Raises:
+        TypeError, ValueError: it is nothing that `packed` returns.
+    """
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list():
+            return [unpacked(one) for one in value]
+        case {"tuple": list(members)}:
+            return tuple(unpacked(members))
+        case {"set": list(members)}:
+            return set(unpacked(members))
+        case {"dict": list(pairs)}:
+            return {unpacked(key): unpacked(one) for key, one in pairs}
+        case {"bytes": str(text)}:
+            return text.encode("latin-1")
+        case {"complex": [float(real), float(imaginary)]}:
+            return complex(real, imaginary)
+    raise ValueError(value)
+
+
 def run_code(code: types.CodeType, name: str) -> dict[str, Any]:
     """Run the answer as a module and return its names.
 
@@ -156,11 +239,14 @@ def answer_test(test: dict[str, Any], names: dict[str, Any], code: types.CodeTyp
     """Return what the answer gives for one test.
 
     Args:
-        test: "call" with "args" and "kwargs", or "input" of a program.
+        test: "call" with "args" and "kwargs", or with "literals" as Python writes them both; or "input" of a program.
         names: of the answer as a module, for calls.
         code: of the answer, for programs.
         most: bytes that may be printed.
     """
+    if "literals" in test:
+        args, kwargs = ast.literal_eval(test["literals"])
+        return {"value": packed(names[test["call"]](*args, **kwargs))}
     if "call" in test:
         return {"value": names[test["call"]](*test.get("args", []), **test.get("kwargs", {}))}
     given, printed = test["input"].encode("utf-8", "replace"), Printed(most)

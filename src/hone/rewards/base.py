@@ -12,6 +12,7 @@ from pydantic import Field
 
 from hone import parts
 from hone.data.sample import Sample
+from hone.errors import HoneError
 
 if TYPE_CHECKING:
     from hone.data.source import Source
@@ -90,6 +91,14 @@ class Reward(ABC):
         """
         return 0.0
 
+    def texts(self, attempts: Sequence[Attempt]) -> int:
+        """Return how many answers the reward judges for some attempts, which is what `longest` is asked about.
+
+        Args:
+            attempts: all answers of a phase; most rewards judge each as a whole.
+        """
+        return len(attempts)
+
     @abstractmethod
     def score(self, attempts: Sequence[Attempt], source: Source) -> Sequence[float | Score]:
         """Return the worth of each attempt, in their order.
@@ -98,6 +107,26 @@ class Reward(ABC):
             attempts: all answers of a phase.
             source: the data that was asked, which knows how to grade.
         """
+
+
+def complete(reward: Reward, attempts: Sequence[Attempt], source: Source) -> list[Any]:
+    """Return what a reward gives for attempts, one for each.
+
+    Args:
+        reward: it.
+        attempts: what it judges.
+        source: the data that was asked.
+
+    Raises:
+        HoneError: it gives more or fewer.
+    """
+    made = list(reward.score(attempts, source))
+    if len(made) != len(attempts):
+        raise HoneError(
+            f"reward '{reward.name}' gave {len(made)} scores for {len(attempts)} answers; expected one for each, in "
+            "their order"
+        )
+    return made
 
 
 Positive = Annotated[float, Field(gt=0)]

@@ -6,7 +6,6 @@ import ast
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,14 +17,15 @@ from hone.data.sample import Sample
 from hone.errors import DataError
 from hone.parts import part
 from hone.rewards import sandbox
+from hone.rewards.answers_run import plain, unpacked
 from hone.rewards.base import Attempt, NotNegative, Positive, Reward
+from hone.rewards.text import fenced
 
 if TYPE_CHECKING:
     from hone.data.source import Source
 
 _STARTING = 2.0  # seconds between two programs of a worker, on a busy machine
 TINY = 1e-3  # of the tolerance: 0.1 + 0.2 - 0.3 is 6e-17, and a right 0 must equal it
-FENCED = re.compile(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:\n```|\n?\Z)", re.DOTALL)
 FORM = (
     '{"call": "name", "args": [...], "expected": value}, {"input": "text", "expected": "text"}, or '
     '"assert name(1, [2]) == 3" with nothing but literals'
@@ -37,8 +37,10 @@ class Test:
     """One test.
 
     Args:
-        asked: what the sandbox is told: "call" with "args" and "kwargs", or "input".
-        expected: what is compared outside of it: a value of JSON, or the text that a program shall print.
+        asked: what the sandbox is told: "call" with "args" and "kwargs", or with the "literals" of an assertion; or
+            "input".
+        expected: what is compared outside of it: a value of JSON, that of an assertion's literal, or the text that a
+            program shall print.
     """
 
     asked: dict[str, Any]
@@ -49,11 +51,21 @@ class Test:
 
         Args:
             result: what the sandbox gave.
-            tolerance: relative difference between numbers that are not whole.
+            tolerance: relative difference between numbers that are not whole, but in assertions.
         """
         if "input" in self.asked:
             return "output" in result and _lines(result["output"]) == _lines(self.expected)
+        if "literals" in self.asked:
+            return "value" in result and _equal(result["value"], self.expected)
         return "value" in result and same(result["value"], self.expected, tolerance)
+
+
+def _equal(given: Any, expected: Any) -> bool:
+    """Return whether a value that came back packed is equal to one, as an assertion says it."""
+    try:
+        return bool(unpacked(given) == expected)
+    except (TypeError, ValueError, RecursionError):  # forged
+        return False
 
 
 def _lines(text: Any) -> list[str]:
@@ -108,7 +120,9 @@ def tests_of(sample: Sample, column: str) -> list[Test]:
 
 def _test(given: Any, place: str) -> Test:
     try:
-        made = _assertion(given) if isinstance(given, str) else dict(given)
+        if isinstance(given, str):
+            return _assertion(given)
+        made = dict(given)
         expected = made.pop("expected")
         if "call" in made:
             good = str(made["call"]).isidentifier() and made.keys() <= {"call", "args", "kwargs"}
@@ -124,18 +138,20 @@ def _test(given: Any, place: str) -> Test:
 
 def _as_json(value: Any) -> Any:
     """Return a value as it is after a journey through JSON: tuples are lists, sets sorted lists, keys texts."""
-    return json.loads(json.dumps(value, default=lambda one: sorted(one, key=repr)))
+    return json.loads(json.dumps(value, default=plain))
 
 
-def _assertion(text: str) -> dict[str, Any]:
+def _assertion(text: str) -> Test:
     """Return the test that an assertion of literals means, which is read and never run."""
     match ast.parse(text.strip()).body:
         case [ast.Assert(test=ast.Compare(left=ast.Call(func=ast.Name(id=name)) as call, ops=[ast.Eq()]) as compare)]:
-            kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-            args = [ast.literal_eval(argument) for argument in call.args]
-            if len(kwargs) < len(call.keywords):
+            names = [keyword.arg for keyword in call.keywords]
+            if None in names or len(set(names)) < len(names):  # **{...}
                 raise ValueError(text)
-            return {"call": name, "args": args, "kwargs": kwargs, "expected": ast.literal_eval(compare.comparators[0])}
+            kwargs = ast.Dict([ast.Constant(name) for name in names], [keyword.value for keyword in call.keywords])
+            given = ast.Tuple([ast.List(call.args, ast.Load()), kwargs], ast.Load())
+            ast.literal_eval(given)
+            return Test({"call": name, "literals": ast.unparse(given)}, ast.literal_eval(compare.comparators[0]))
     raise ValueError(text)
 
 
@@ -145,8 +161,8 @@ def code_in(text: str) -> str:
     Args:
         text: the answer.
     """
-    blocks = FENCED.findall(text)
-    return str(blocks[-1]) if blocks else text
+    blocks = [inside for inside, closed in fenced(text) if closed or inside.strip()]
+    return blocks[-1] if blocks else text
 
 
 @dataclass(frozen=True)
@@ -178,11 +194,11 @@ class Executed(Reward):
 
     Args:
         tests: column with a sample's tests; a list of {"call": name, "args": [...], "expected": value} or of {"input":
-            text, "expected": text}, or of assertions of literals, as text.
-        seconds: processor time for all tests of an answer together, in seconds.
+            text, "expected": text}, or of assertions of literals, as text, which are compared as Python does.
+        seconds: processor time for all tests of an answer together, in seconds; code that takes more passes none.
         wall: time on the clock for them, in seconds.
         memory: what a program may use beside the interpreter, in MiB.
-        tolerance: relative difference that counts as equal between numbers that are not whole.
+        tolerance: relative difference that counts as equal between numbers that are not whole, but in assertions.
         workers: answers that run at once; 0 takes as many as there are processors.
     """
 
@@ -225,14 +241,15 @@ class Executed(Reward):
         keys = []
         for text, sample in zip(texts, samples, strict=True):
             tests = tests_of(sample, self.tests)
-            keys.append(json.dumps([text, [[test.asked, test.expected] for test in tests]]))
+            keys.append(repr((text, tests)))
             jobs.setdefault(keys[-1], (text, tests))
 
         def decide(job: tuple[str, list[Test]]) -> Verdict:
             text, tests = job
             ran = sandbox.run(text, [test.asked for test in tests], limits, count=count)
+            late = ran.ended == "time" and ran.seconds > self.seconds  # the kernel ends it at a whole second, later
             pairs = zip(tests, ran.results, strict=True)
-            return Verdict(ran, tuple(test.passed(result, self.tolerance) for test, result in pairs))
+            return Verdict(ran, tuple(not late and test.passed(result, self.tolerance) for test, result in pairs))
 
         sandbox.prove()
         pool = ThreadPoolExecutor(self.workers or os.cpu_count() or 1)
@@ -375,7 +392,7 @@ class Efficiency(Executed):
                 wrong = next((r for r, good in zip(verdict.ran.results, verdict.passed, strict=True) if not good), {})
                 raise DataError(
                     f"{sample.where}: the reference in column '{self.reference}' does not pass the sample's own tests: "
-                    f"{wrong.get('error') or wrong}"
+                    f"{wrong.get('error') or verdict.ran.ended or wrong}"
                 )
             self._costs[key] = self._costs_of([verdict], [code_in(given)], [sample])[0]
         return self._costs[key]

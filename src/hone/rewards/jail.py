@@ -28,7 +28,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 with contextlib.suppress(ImportError):  # libraries that lie outside of the standard library's folder
@@ -262,13 +262,14 @@ def _program() -> list[tuple[int, int, int, int]]:
 class Channel:
     """The way out: lines of JSON."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, plain: Callable[[object], object]) -> None:
         """Take a descriptor.
 
         Args:
             number: of the descriptor.
+            plain: makes values of JSON of others.
         """
-        self.number = number
+        self.number, self.plain = number, plain
 
     def say(self, **record: Any) -> None:
         """Write one record.
@@ -276,23 +277,9 @@ class Channel:
         Args:
             record: what is said.
         """
-        data = json.dumps(record, default=plain).encode() + b"\n"
+        data = json.dumps(record, default=self.plain).encode() + b"\n"
         while data:
             data = data[os.write(self.number, data) :]
-
-
-def plain(value: object) -> object:
-    """Return a set as a sorted list, and anything that is no value of JSON as an error.
-
-    Args:
-        value: what JSON cannot hold.
-
-    Raises:
-        TypeError: it is no set.
-    """
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=repr)
-    raise TypeError(f"gave a {type(value).__name__}; expected numbers, texts, lists, tuples, sets or dicts")
 
 
 def sibling(name: str) -> Any:
@@ -313,7 +300,7 @@ def main() -> None:
     settings, running = json.loads(sys.argv[1]), sibling("answers_run")
     del sys.argv[1:]
     job = json.loads(sys.stdin.buffer.read())
-    channel = Channel(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 10))
+    channel = Channel(fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 10), running.plain)
     null = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(null, number)

@@ -1,9 +1,9 @@
 """Calling rewards: what they give is checked, a bad one is named with its sample, and none can hang a run.
 
-A reward that raises, or gives something that is no finite number, names the answers that it fails on; they end the run
-with "file:line", or are left out and counted. One that does not come back is interrupted after `patience`: in the
-main thread by an alarm, which also ends endless loops and slow regular expressions; elsewhere the thread that it runs
-in is given up. Only foreign code that never returns to Python holds out against both.
+A reward that raises, gives something that is no finite number, or does not come back, names the answers that it fails
+on; they end the run with "file:line", or are left out and counted. A call that takes longer than `patience` is
+interrupted: in the main thread by an alarm, which also ends endless loops and slow regular expressions; elsewhere the
+thread that it runs in is given up. Only foreign code that never returns to Python holds out against both.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 from hone.errors import HoneError
-from hone.rewards.base import Attempt, Reward, Score
+from hone.rewards.base import Attempt, Reward, Score, complete
 
 if TYPE_CHECKING:
     from hone.data.source import Source
 
 log = logging.getLogger("hone")
 SKIP = "on_error: skip leaves such answers out and counts them"
+MEND = "Mend what it waits for, or give it more time with `patience`"
+HANGS = 3  # answers in a row, each for `patience`: what waits for a server that is gone would wait for days
+LARGEST = 1e30  # of a number, with its weight and without: float32 holds it, and no sum or square of such overflows
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,14 @@ def judge(
         rewards: asked one after the other.
         attempts: all answers of a phase.
         source: the data that was asked.
-        on_error: "raise" ends the run at the first bad score, "skip" leaves the answer out and says how many.
-        patience: longest time that one reward may take for all attempts, in seconds.
+        on_error: "raise" ends the run at the first bad score, "skip" leaves the answer out and says how many; these
+            may be all.
+        patience: longest time that one call of a reward may take, in seconds: for all attempts, and for one alone when
+            those are sought that it fails on.
 
     Raises:
-        HoneError: a reward is bad, by `on_error`; or it takes too long, or fails on every answer, whatever that says.
+        HoneError: a reward is bad, by `on_error`; or, whatever that says, it fails on all attempts together and on none
+            alone, or hangs on several in a row.
     """
     if not attempts:
         return []
@@ -159,53 +165,66 @@ def _scores(
     reward: Reward, attempts: Sequence[Attempt], source: Source, skip: bool, patience: float
 ) -> list[Score | None]:
     """Return what a reward gives for all attempts, None where it cannot."""
-    patience = max(patience, reward.longest(len(attempts)))  # programs that all wait until their time is up are no hang
-    end = time.monotonic() + patience
+    if not attempts:
+        return []
+    whole: BaseException
     try:
-        return [_checked(reward, *pair) for pair in zip(attempts, _asked(reward, attempts, source, end), strict=True)]
-    except _Late as late:
-        raise HoneError(_late(reward, late.last, patience)) from None
-    except Exception as error:  # of whatever a reward does
+        return list(_asked(reward, attempts, source, patience))
+    except (Exception, SystemExit) as error:  # of whatever a reward does
         whole = error
-    found: list[Score | None] = []
-    first: Exception | None = None
-    for attempt in attempts:  # one by one, to learn which of them it fails on
-        try:
-            found.append(_checked(reward, attempt, _asked(reward, [attempt], source, end)[0]))
-        except _Late as late:
-            raise HoneError(_late(reward, late.last or attempt, patience)) from whole
-        except Exception as error:
-            if not skip:
-                raise _told(reward, attempt, error) from error
-            first = first or _told(reward, attempt, error)
-            found.append(None)
+    if isinstance(whole, _Late) and not skip:  # one by one, each might take as long again
+        raise _together(reward, whole, skip)
+    found, first = _one_by_one(reward, attempts, source, skip, patience)
     if first is None:  # each one alone goes well: the reward cannot take several
-        raise _told(reward, None, whole) from whole
+        raise _together(reward, whole, skip) from whole
     bad = sum(score is None for score in found)
-    if bad == len(attempts):
-        raise HoneError(f"{first}\nIt is so with all {bad} answers, so that none can be left out") from whole
     log.warning("%d of %d answers are left out, the first because of %s", bad, len(attempts), first)
     kept = [i for i, score in enumerate(found) if score is not None]
-    again = _scores(reward, [attempts[i] for i in kept], source, skip, max(end - time.monotonic(), 1.0))
+    again = _scores(reward, [attempts[i] for i in kept], source, skip, patience)
     for i, score in zip(kept, again, strict=True):
         found[i] = score
     return found
 
 
-def _asked(reward: Reward, attempts: Sequence[Attempt], source: Source, end: float) -> list[Any]:
-    """Return what a reward gives, after checking how much it gives."""
+def _one_by_one(
+    reward: Reward, attempts: Sequence[Attempt], source: Source, skip: bool, patience: float
+) -> tuple[list[Score | None], HoneError | None]:
+    """Return what a reward gives for each attempt alone, None where it fails, and how it failed first."""
+    found: list[Score | None] = []
+    first: HoneError | None = None
+    hung = 0
+    for attempt in attempts:
+        try:
+            found += _asked(reward, [attempt], source, patience)
+            hung = 0
+        except (Exception, SystemExit) as error:
+            told = _told(reward, attempt, error)
+            if not skip:
+                raise told from error
+            hung = hung + 1 if isinstance(error, _Late) else 0
+            if hung == HANGS:
+                raise _retold(told, f"{told}\nSo it was with {HANGS} answers in a row, so none is left out") from error
+            first = first or told
+            found.append(None)
+    return found, first
+
+
+def _asked(reward: Reward, attempts: Sequence[Attempt], source: Source, patience: float) -> list[Score]:
+    """Return what a reward gives, after checking it."""
     watched = Watched(attempts)
+    seconds = max(patience, reward.longest(reward.texts(attempts)))  # programs that wait until their end are no hang
     try:
-        made = bounded(lambda: list(reward.score(watched, source)), end - time.monotonic())
+        made = bounded(lambda: complete(reward, watched, source), seconds)
     except Impatient:
-        raise _Late(watched.last) from None
-    if len(made) != len(attempts):
-        raise _Bad(f"gave {len(made)} scores for {len(attempts)} answers; expected one for each, in their order")
-    return made
+        raise _Late(seconds, watched.last) from None
+    return [_checked(reward, *pair) for pair in zip(attempts, made, strict=True)]
 
 
 class _Late(Exception):
-    def __init__(self, last: Attempt | None) -> None:
+    """A reward did not come back."""
+
+    def __init__(self, seconds: float, last: Attempt | None) -> None:
+        super().__init__(f"did not come back within {seconds:g} s")
         self.last = last
 
 
@@ -220,40 +239,70 @@ def _checked(reward: Reward, attempt: Attempt, given: Any) -> Score:
         places = [end for end, _ in given.steps]
     else:
         worths, places = [given], []
-    numbers = [_number(worth) for worth in worths]
+    numbers = [_number(worth, reward.weight) for worth in worths]
     for end in places:
         if not isinstance(end, int) or not 0 < end <= len(attempt.text):
             raise _Bad(f"gave a step that ends at {end!r}; expected a place from 1 to {len(attempt.text)} in the text")
     return Score(numbers[0], tuple(zip(places, numbers[1:], strict=True)))
 
 
-def _number(worth: Any) -> float:
+def _number(worth: Any, weight: float) -> float:
+    """Return a worth as a number that can be weighted and added up."""
     try:
         number = math.nan if isinstance(worth, str | bytes | None) else float(worth)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
         raise _Bad(f"gave {worth!r}; expected a finite number or a Score")
+    if not (abs(number) <= LARGEST and abs(weight * number) <= LARGEST):
+        raise _Bad(
+            f"gave {worth!r} and has weight {weight:g}; expected numbers of at most {LARGEST:g}, with the weight and "
+            "without"
+        )
     return number
 
 
-def _told(reward: Reward, attempt: Attempt | None, error: Exception) -> HoneError:
-    """Return an error for the user; one that was written for the user already stays."""
-    if isinstance(error, HoneError):
-        return error
-    what = str(error) if isinstance(error, _Bad) else f"raised {type(error).__name__}: {error}"
-    if attempt is None:
-        return HoneError(f"reward '{reward.name}' {what}; each answer alone goes well, so it must not mix them up")
+def _told(reward: Reward, attempt: Attempt, error: BaseException) -> HoneError:
+    """Return an error for the user that names the reward, the sample and the way out."""
+    if isinstance(error, HoneError):  # written for the user already, but by code that may not know all of these
+        return _retold(error, f"{_named(reward, attempt.sample.where, str(error)).rstrip('.')}. {SKIP}")
     shown = attempt.text if len(attempt.text) <= 80 else attempt.text[:77] + "..."
-    return HoneError(f"{attempt.sample.where}: reward '{reward.name}' {what}; the answer was {shown!r}. {SKIP}")
+    way = f"{MEND}; {SKIP}" if isinstance(error, _Late) else SKIP
+    return HoneError(f"{attempt.sample.where}: reward '{reward.name}' {_what(error)}; the answer was {shown!r}. {way}")
 
 
-def _late(reward: Reward, last: Attempt | None, patience: float) -> str:
-    place = f"; it looked last at an answer to {last.sample.where}" if last is not None else ""
-    return (
-        f"reward '{reward.name}' did not come back within {patience:g} s{place}. Mend what it waits for, or give it "
-        "more time with `patience`"
-    )
+def _together(reward: Reward, error: BaseException, skip: bool) -> HoneError:
+    """Return an error for the user about a reward that fails on several attempts together."""
+    alone = "; each answer alone goes well"
+    if isinstance(error, _Late):
+        place = f"; it looked last at an answer to {error.last.sample.where}" if error.last is not None else ""
+        way = f"{alone}. {MEND}" if skip else f". {MEND}; {SKIP}"
+        return HoneError(f"reward '{reward.name}' {error}{place}{way}")
+    alone += ", so it must not mix them up"
+    if isinstance(error, HoneError):
+        return _retold(error, _named(reward, "", str(error)) + alone)
+    return HoneError(f"reward '{reward.name}' {_what(error)}{alone}")
+
+
+def _what(error: BaseException) -> str:
+    """Return what a reward did."""
+    return str(error) if isinstance(error, _Bad | _Late) else f"raised {type(error).__name__}: {error}"
+
+
+def _named(reward: Reward, place: str, text: str) -> str:
+    """Return a message that begins with the place, and names the reward behind it, as far as it did not do so."""
+    begins = text.startswith(f"{place}: ")
+    said = text.removeprefix(f"{place}: ")
+    if f"reward '{reward.name}'" not in said:
+        said = f"reward '{reward.name}': {said}"
+    return f"{place}: {said}" if begins or place not in said else said
+
+
+def _retold(error: HoneError, text: str) -> HoneError:
+    """Return an error of the same class with another message; some classes make theirs of other arguments."""
+    made = type(error).__new__(type(error), text)
+    vars(made).update(vars(error))
+    return made
 
 
 def bounded(call: Callable[[], Any], seconds: float) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hone.options import Nested
 from hone.parts import part
-from hone.rewards.base import Attempt, Reward, Score
+from hone.rewards.base import Attempt, Reward, Score, complete
 
 if TYPE_CHECKING:
     from hone.data.source import Source
@@ -26,9 +26,17 @@ SIDE = rf"{TERM}(?: *(?://|[-+*/%]) *{TERM}){{0,40}}"  # bounded: "1+1+1+..." wo
 EQUATION = re.compile(rf"(?<![\w.(])({SIDE}) *=(?= *({SIDE}))")
 SIGNS = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-"})
 LONGEST = 200  # characters of one side of an equation
+
+
+def divided(a: float, b: float) -> float:
+    """Return a / b, which stays a whole number where whole numbers give one."""
+    whole = isinstance(a, int) and isinstance(b, int) and a % b == 0
+    return a // b if whole else a / b
+
+
 OPERATIONS = {
     ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b,
-    ast.FloorDiv: lambda a, b: a // b, ast.Div: lambda a, b: a / b, ast.Mod: lambda a, b: a % b,
+    ast.FloorDiv: lambda a, b: a // b, ast.Div: divided, ast.Mod: lambda a, b: a % b,
 }  # fmt: skip
 
 
@@ -121,18 +129,37 @@ class Process(Reward):
         for reward in self.inner():
             reward.setup(run)
 
+    def texts(self, attempts: Sequence[Attempt]) -> int:
+        """Return how many steps the inner rewards are shown.
+
+        Args:
+            attempts: all answers of a phase.
+        """
+        return sum(len(ends_of(attempt.text, self.segments)) for attempt in attempts)
+
+    def longest(self, answers: int) -> float:
+        """Return how many seconds the inner rewards take at most, one after the other.
+
+        Args:
+            answers: how many steps they judge.
+        """
+        return sum(reward.longest(answers) for reward in self.inner())
+
     def score(self, attempts: Sequence[Attempt], source: Source) -> list[Score]:
         """Return the worths of the steps of each attempt.
 
         Args:
             attempts: all answers of a phase.
             source: the data that was asked.
+
+        Raises:
+            HoneError: an inner reward does not give one number for each step.
         """
         places = [ends_of(attempt.text, self.segments) for attempt in attempts]
         steps = [step for one, ends in zip(attempts, places, strict=True) for step in self._steps(one, ends)]
         worths = np.zeros(len(steps))
         for reward in self.inner():
-            given = reward.score(steps, source) if steps else []
+            given = complete(reward, steps, source) if steps else []
             worths += reward.weight * np.array([one.total if isinstance(one, Score) else float(one) for one in given])
         scores, taken = [], 0
         for ends in places:
@@ -182,7 +209,7 @@ class FineGrained(Process):
 
 
 def value_of(text: str) -> float | None:
-    """Return the value of a text of numbers and + - * / // %, None where it is no such thing.
+    """Return the value of a text of numbers and + - * / // %, None where it is no such thing; whole ones are exact.
 
     Args:
         text: one side of an equation.
@@ -220,8 +247,20 @@ def _value(node: ast.expr) -> float:
         case ast.UnaryOp(op=ast.USub(), operand=inner):
             return -_value(inner)
         case ast.BinOp(left=left, op=operation, right=right) if type(operation) in OPERATIONS:
-            return float(OPERATIONS[type(operation)](_value(left), _value(right)))
+            return OPERATIONS[type(operation)](_value(left), _value(right))
     raise ValueError(ast.dump(node))
+
+
+def equal(left: float | None, right: float | None) -> bool:
+    """Return whether two values are the same: whole numbers exactly, others to nine digits.
+
+    Args:
+        left: value of one side, None where it has none.
+        right: that of the other.
+    """
+    if left is None or right is None or (isinstance(left, int) and isinstance(right, int)):
+        return left is not None and left == right
+    return math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-12)
 
 
 @part("reward", "true-equations", papers="original")
@@ -247,11 +286,7 @@ class TrueEquations(Reward):
         return [self.right if self._true(attempt.whole) else self.wrong for attempt in attempts]
 
     def _true(self, text: str) -> bool:
-        sides = [(value_of(left), value_of(right)) for left, right in equations(text)]
-        return bool(sides) and all(
-            left is not None and right is not None and math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-12)
-            for left, right in sides
-        )
+        return bool(sides := equations(text)) and all(equal(value_of(left), value_of(right)) for left, right in sides)
 
 
 @part("reward", "hackable-process", papers="original")

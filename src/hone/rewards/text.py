@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,8 +26,28 @@ FORMATS: dict[str, str] = {
     "think": r"\s*<think>(?:(?!</?think>|</?answer>)(?s:.))+</think>\s*"
     r"<answer>(?:(?!</?think>|</?answer>)(?s:.))+</answer>\s*",
     "boxed": r"(?s:.*)\\boxed\{(?s:.+)\}(?s:.*)",
-    "code": r"(?s:.*?)```(?:[a-zA-Z]*)\n(?s:.+?)\n?```(?s:.*)",
 }
+FENCED = re.compile(
+    r"(?P<indent>(?:^[ \t]+)?)(?<!`)(?P<fence>`{3,})[\w+#.-]*[ \t]*\n"  # it ends a line, with a language
+    r"(?P<lines>(?:.*\n)*?)"
+    r"(?:(?:(?P=indent))?[ ]{0,3}(?P=fence)"  # it closes where it begins a line; further in it belongs to the code
+    r"|(?P<last>[^`\n]*[^`\s])(?P=fence)[ \t]*$"  # or where it ends one that has no other
+    r"|(?P<open>.*)\Z)",
+    re.MULTILINE,
+)
+
+
+def fenced(text: str) -> list[tuple[str, bool]]:
+    """Return the fenced blocks of a text, each as (what is in it, whether it is closed); only the last may be open.
+
+    Args:
+        text: an answer.
+    """
+    found = []
+    for block in FENCED.finditer(text.replace("\r\n", "\n")):
+        inside = (block["lines"] + (block["last"] or block["open"] or "")).removesuffix("\n")
+        found.append((textwrap.dedent(inside) if block["indent"] else inside, block["open"] is None))
+    return found
 
 
 @part("reward", "regex", papers="original")
@@ -79,7 +100,8 @@ class Form(Reward):
     """Reward answers of a certain form.
 
     final: the last line is "#### X" or "answer: X"; worked: the same, behind lines of work; think: reasoning inside
-    <think> tags and then an <answer>; boxed: it has a LaTeX box; code: it has a fenced block. Other forms: `regex`.
+    <think> tags and then an <answer>; boxed: it has a LaTeX box; code: it has a fenced block with something in it.
+    Other forms: `regex`.
 
     Args:
         layout: name of the form.
@@ -98,8 +120,13 @@ class Form(Reward):
             attempts: all answers of a phase.
             source: not looked at.
         """
+        if self.layout == "code":
+            return [self.right if self._coded(attempt.whole) else self.wrong for attempt in attempts]
         inner = Regex(pattern=FORMATS[self.layout], match="full", right=self.right, wrong=self.wrong)
         return inner.score(attempts, source)
+
+    def _coded(self, text: str) -> bool:
+        return any(closed and inside.strip() for inside, closed in fenced(text))
 
 
 def within(length: float, least: float, most: float, limit: float) -> float:
