@@ -182,5 +182,19 @@ def test_a_small_denoiser_must_exist():
     assert [problem.field for problem in problems] == ["s.small"]
 
 
+@every_solver
+def test_guidance_without_classes_is_refused(name, options, small):
+    if options.get("verifier") == "classifier":
+        pytest.skip("a classifier says itself that it needs classes")
+    solver, drawing, _ = ready(name, options, small)
+    guided = "guidance" in str(spec(name, options, small)).replace(f"'{name}'", "")
+    for labels in (None, torch.full((9,), -1)):
+        if guided:
+            with pytest.raises(ModelError, match=r"guidance: [23] leads to a class, and there are none here"):
+                draw(drawing, solver, 9, labels)
+        else:
+            assert draw(drawing, solver, 9, labels)[0].shape == (9, 2)
+
+
 def test_variants_name_solvers():
     assert {*VARIANTS, *NEEDED} <= set(NAMES)

@@ -19,6 +19,7 @@ from hone.diffusion.items import Collection, collate
 from hone.diffusion.levels import Parameterisation, from_trig_time, karras
 from hone.diffusion.mixture import Mixture
 from hone.diffusion.networks import MLP, DiT, UNet
+from hone.errors import ModelError
 from hone.objectives import noise_consistency
 from hone.objectives.consistency import (
     ConsistencyTraining,
@@ -444,6 +445,24 @@ def test_neighbours_on_a_path_of_noises_drop_out_the_same(monkeypatch):
     NoiseConsistency(levels=50).loss(Masks(), batch(256))
     same = (sides[0] == sides[1]).all(1)  # but at the first place, where what was drawn before is the aim
     assert same.double().mean() > 0.9
+
+
+def test_quadrants_want_two_numbers():
+    model = SimpleNamespace(classes=4, shape=(1,))
+    with pytest.raises(ModelError, match=r"quadrant looks at two halves of an array, and arrays \(1,\) have one"):
+        NoiseConsistency().setup(SimpleNamespace(model=model))
+
+
+@pytest.mark.parametrize("kind", ["x0", "consistency", "vp-v"])
+def test_a_model_that_may_answer_the_same_to_everything_is_refused(kind: Any):
+    for objective in (ConsistencyTraining(), ImprovedConsistencyTraining(), EasyConsistencyTuning()):
+        run = as_run(tiny(kind), points(8))
+        if kind == "x0" and not objective.anchored:
+            with pytest.raises(ModelError, match="set it to consistency, or to edm, flow"):
+                objective.setup(run)
+        else:
+            objective.setup(run)
+    assert EasyConsistencyTuning.anchored  # most of its first pairs end at the array itself
 
 
 def test_quadrants_are_told_by_signs():

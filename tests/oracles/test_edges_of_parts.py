@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from hone.adapters.layers import Wrapped
 from hone.callbacks.early_stop import EarlyStop
-from hone.distances.sets import Energy, Precision
+from hone.distances.features import DigitFrechet
+from hone.distances.sets import Energy, Frechet, Precision, Wasserstein
 from hone.engine.merging import merge_models, weight_files
 from hone.errors import HoneError, ModelError
 from hone.mergers.averages import Linear
@@ -23,16 +24,45 @@ from hone.optimizers.bridges import _EDGES
 from hone.options import Places, build_part, check_part
 from hone.penalties.weights import L1
 from hone.samplers.guided import guided_scores
+from hone.solvers.guidance import fit_guess
+from hone.solvers.shifted import TimeShift, ddpm_levels
 from hone.solvers.verifiers import make_verifier
 from hone.text.model import EXTRAS_FILE, LanguageModel
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_what_is_not_finite_has_no_energy_distance(broken: float) -> None:
+@pytest.mark.parametrize("distance", [Energy(), Wasserstein(), Frechet()], ids=lambda distance: distance.name)
+def test_what_is_not_finite_has_no_distance(distance: Any, broken: float) -> None:
     real, drawn = torch.randn(2, 50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert Energy().between(real, real) == 0 and Energy().between(drawn, real) > 0
+    assert distance.between(real, real) == pytest.approx(0, abs=1e-9) and distance.between(drawn, real) > 0
     drawn[3, 1] = broken
-    assert math.isnan(Energy().between(drawn, real))
+    assert math.isnan(distance.between(drawn, real))
+    digits = torch.zeros(50, 1, 8, 8)
+    digits[3, 0, 1, 1] = broken
+    assert math.isnan(DigitFrechet()(digits, torch.randn(50, 1, 8, 8)))
+
+
+class Mps(torch.Tensor):
+    """A tensor on a device without float64."""
+
+    def double(self) -> Any:
+        raise TypeError("Cannot convert a MPS Tensor to float64")
+
+    def cpu(self) -> Any:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_float64_is_made_where_it_is_known() -> None:
+    source = build_part("data", {"name": "points", "count": 200, "conditional": True})
+    held = source.collection("eval")
+    there, labels = held.arrays.as_subclass(Mps), held.labels
+    assert Energy()(there, there) == Energy()(held.arrays, held.arrays)
+    for kind in ("density", "classifier", "nearest"):
+        judge = make_verifier(kind, source)
+        assert torch.equal(judge(there, labels), judge(held.arrays, labels))
+    torch.testing.assert_close(fit_guess(there, [there, there * 2], 0, 1e-6), torch.tensor([1.0, 0.0]).double())
+    level = TimeShift(cutoff=0).shifted(there, torch.tensor(1.0, dtype=torch.float64), ddpm_levels(), 0.5)
+    assert level.shape == (len(held),)
 
 
 def test_neighbours_need_more_arrays_than_there_are_of_them() -> None:
@@ -143,9 +173,9 @@ def test_cheaper_guidance_wants_guidance_and_stitching_no_churn() -> None:
         assert check_part("solver", name, "solvers.0", Places()) == []
         (problem,) = check_part("solver", {"name": name, "of": "heun"}, "solvers.0", Places())
         assert "expected a solver with guidance" in problem.message
-    churned = {"name": "t-stitch", "small": "base", "of": {"name": "heun", "churn": 5.0}}
-    (problem,) = check_part("solver", churned, "solvers.0", Places())
-    assert "without churn" in problem.message
+    for of in ({"name": "heun", "churn": 5.0}, "time-shift"):
+        (problem,) = check_part("solver", {"name": "t-stitch", "small": "base", "of": of}, "solvers.0", Places())
+        assert "without churn, and not time-shift" in problem.message
 
 
 def test_a_verifier_takes_no_class_for_any() -> None:

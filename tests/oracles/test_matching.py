@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hone.diffusion.mixture import Mixture
+from hone.errors import ModelError
 from hone.objectives import divergences
 from hone.objectives.divergences import Divergence
 from hone.objectives.generators import Drawn, level_weight
@@ -28,6 +29,7 @@ from hone.objectives.mixture_scores import (
     skew_persuasion,
 )
 from hone.objectives.particles import NoiseFree, ScoreDistillation, Variational
+from hone.objectives.teachers import Truth
 from hone.objectives.unified import UniInstruct, expanded
 from oracles.known import Known, ring
 
@@ -319,6 +321,19 @@ def test_sds_is_vsd_whose_fake_score_is_that_of_a_point():
         weight = (sigma**2 / (sigma**2 + teacher.sigma_data**2))[:, None]
         expected = (weight * (noises - n)).sum(0, keepdim=True) / 2
     torch.testing.assert_close(slopes[0], expected)
+
+
+def test_data_without_classes_goes_without_the_usual_guidance_and_not_without_another():
+    teacher, noise = Known(), torch.randn(4, 2, dtype=torch.float64)
+    drawn = Drawn(noise, noise, noise, torch.ones(4).double(), torch.ones(4).double(), None, torch.zeros(4))
+    told = Truth(teacher.mixture, teacher)
+    for objective in (ScoreDistillation(teacher=""), Variational(teacher="")):
+        objective._teacher = told
+        torch.testing.assert_close(objective.real(drawn), told(noise, drawn.sigma))
+    plain = DMD2(teacher="", guidance=2.0)
+    plain._teacher = told
+    with pytest.raises(ModelError, match="guidance: 2 leads to a class"):
+        plain.real(drawn)
 
 
 @pytest.mark.parametrize("unwanted", [None, 2])

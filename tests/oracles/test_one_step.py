@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hone.adapters.lora import LoRA
 from hone.data.arrays import Points
 from hone.data.loader import Loader
 from hone.diffusion.critics import Critic, features_of
@@ -21,11 +22,16 @@ from hone.diffusion.routed import Particles, StudentsNetwork
 from hone.engine.devices import Cluster
 from hone.engine.loop import Player, Run, Trainer
 from hone.errors import HoneError, ModelError, NumericError
-from hone.objectives.adversarial import Pool
+from hone.objectives.adversarial import NitroFusion, Pool
+from hone.objectives.continuous import SanaSprint
 from hone.objectives.generators import Drawn, take_weights
+from hone.objectives.lightning import Lightning
 from hone.objectives.matching import DMD2, fake_network
+from hone.objectives.simple_distillation import SimpleDistillation
+from hone.objectives.stochastic_consistency import StochasticDistillation
 from hone.objectives.students import TeacherScoreMatching
 from hone.objectives.teachers import Truth
+from hone.objectives.trajectory import ConsistencyTrajectory
 from hone.objectives.watch import PATIENCE, TIMES, Watch
 from hone.recipe import Recipe
 from hone.solvers.few import Multistep
@@ -116,8 +122,18 @@ def test_students_begin_with_their_teachers_weights():
     torch.testing.assert_close(students(x, sigma, labels), teacher(x, sigma, labels))
     with pytest.raises(ModelError, match="different shapes"):
         take_weights(denoiser(MLP(width=9, depth=2)), teacher)
-    with pytest.raises(ModelError, match="one is flow"):
+    with pytest.raises(ModelError, match=r"is edm, sigma_data 0\.7, sigma_min 0\.01; the student's is flow"):
         take_weights(denoiser(MLP(width=8, depth=2), kind="flow"), teacher)
+    other = denoiser(MLP(width=8, depth=2))
+    other.parameterisation = Parameterisation("edm", 1.4, 0.01)  # the same weights would denoise to other arrays
+    with pytest.raises(ModelError, match=r"the student's is edm, sigma_data 1\.4"):
+        take_weights(other, teacher)
+
+
+def test_a_student_with_an_adapter_does_not_begin_with_its_teachers_weights(tmp_path):
+    denoiser(MLP(width=8, depth=2), seed=1).save(tmp_path)
+    with pytest.raises(ModelError, match="the adapter 'lora' is attached to the student"):
+        ready(denoiser(MLP(width=8, depth=2)), DMD2(teacher=str(tmp_path), begin="teacher"), LoRA(rank=2))
 
 
 def test_free_arrays_are_all_drawn_as_often_and_are_saved_and_read(tmp_path):
@@ -211,20 +227,52 @@ def test_objectives_watch_their_critics():
     assert list(DMD2(teacher="", least=0.9, most=0.5).check()) == [("least", "expected less than most (0.5), got 0.9")]
 
 
-@pytest.mark.parametrize("objective", [TeacherScoreMatching(teacher="truth"), DMD2(teacher="truth", critic_updates=2)])
-def test_several_students_train_in_the_real_loop(objective):
+def ready(model: Denoiser, objective: Any, adapter: Any = None) -> Run:
+    """Return a run at its beginning."""
     source = Points(density="ring", count=200, holdout=40, conditional=True)
-    model = denoiser(StudentsNetwork(groups=4, of=MLP(width=8, depth=2))).float()
     recipe = Recipe.of(
         model="denoiser", data={"name": "points", "conditional": True}, objective="denoise", steps=2, batch_tokens=12,
         optimizer={"name": "adamw", "lr": 1e-3}, schedule="constant",
     )  # fmt: skip
     trees: Any = source.collection("train")
     run = Run(recipe, Cluster("cpu", "fp32"), model, objective, Loader(trees, batch_tokens=12, seed=0), 2)
+    run.adapter = adapter
     params = list(model.named_parameters())
     run.players["model"] = Player(params, recipe.build("optimizer").build(params, {}), lambda step, total: 1.0)
     objective.setup(run)
-    trainer, before = Trainer(run), [p.detach().clone() for _, p in params]
+    return run
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    (Lightning, {"plan": [2, 1]}), (ConsistencyTrajectory, {"adversarial": 0.1}), (SanaSprint, {}),
+    (StochasticDistillation, {"adversarial": 0.5}), (DMD2, {}),
+])  # fmt: skip
+def test_every_critic_is_watched_and_the_watch_goes_on_after_a_resume(kind, options, tmp_path):
+    denoiser(MLP(width=8, depth=2), seed=1).save(tmp_path)
+    model, key = denoiser(MLP(width=8, depth=2)), "fake/denoising" if kind is DMD2 else "critic/loss"
+    first, then = (kind(teacher=str(tmp_path), **options) for _ in range(2))
+    run = ready(model, first)
+    rows = [{"loss": 1.0}, {"loss": 1.0, key: 2.0}, *[{"loss": 1.0, key: 900.0}] * (PATIENCE - 1)]
+    for row in rows:  # a step in which the critic has no turn says nothing
+        first.after_step(run, dict(row))
+    ready(model, then)
+    then.load_state_dict(first.state_dict())
+    with pytest.raises(NumericError, match=f"the critic '{key}' diverges"):
+        then.after_step(run, dict(rows[-1]))
+
+
+@pytest.mark.parametrize("objective", [TeacherScoreMatching(teacher="truth"), DMD2(teacher="truth", critic_updates=2)])
+def test_several_students_train_in_the_real_loop(objective):
+    model = denoiser(StudentsNetwork(groups=4, of=MLP(width=8, depth=2))).float()
+    run = ready(model, objective)
+    trainer, before = Trainer(run), [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         assert math.isfinite(trainer.train_step(next(run.loader))["loss"])
-    assert any(not torch.equal(old, new) for old, (_, new) in zip(before, params, strict=True))
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [NitroFusion, SimpleDistillation])
+def test_teachers_that_draw_do_not_guide_without_classes(kind, tmp_path):
+    denoiser(MLP(width=8, depth=2), classes=0, seed=1).save(tmp_path)
+    with pytest.raises(ModelError, match="guidance: 2 leads to a class"):
+        ready(denoiser(MLP(width=8, depth=2), classes=0), kind(teacher=str(tmp_path), guidance=2.0))

@@ -142,6 +142,18 @@ def test_online_targets_are_two_steps_of_euler_s_method_in_the_time_of_the_flow(
     assert found == pytest.approx(float(((student - end) / top).square().mean(1).sum()))
 
 
+@pytest.mark.parametrize(("top", "reach"), [(TOP, 4.0), (2.0, 8 / 7)])
+def test_the_level_between_two_steps_lies_below_the_largest(top, reach):
+    seen: list[torch.Tensor] = []
+    start = noise(400)
+    objective = given(FlowGuided(teacher="truth"), 0.7 * start, start)
+    objective.taught = lambda x, sigma, labels: seen.append(sigma) or x
+    student = Straight()
+    student.sigma_max = top
+    objective.loss(student, batch_of(400))
+    assert 0.9 * reach < float(seen[1].max()) < reach
+
+
 def test_a_teacher_without_error_is_its_own_one_step_student_where_its_flow_is_straight():
     start = noise(8)
     objective = given(FlowGuided(teacher="truth"), 0.7 * start, start)

@@ -10,9 +10,11 @@ import torch
 
 from hone.data.arrays import Points
 from hone.diffusion.denoiser import Denoiser
+from hone.diffusion.drawing import DRAWN_AT_ONCE, solve
 from hone.diffusion.levels import Parameterisation
 from hone.diffusion.networks import MLP, UNet
 from hone.distances.sets import Energy
+from hone.errors import HoneError, ModelError
 from hone.solvers.base import Counted
 from hone.solvers.edict import EDICT, ddim_inversion
 from hone.solvers.few import Multistep
@@ -50,6 +52,8 @@ def test_guidance_is_its_formula():
     close(asked(x, sigma).detach(), wanted.detach(), 1e-12)
     assert asked.calls == 2
     close(model(x, sigma).detach(), untold.detach(), 1e-12)
+    with pytest.raises(ModelError, match=r"guidance: 2\.5 leads to a class, and there are none here"):
+        model.guided(x, sigma, None, 2.5)
 
 
 GUIDED = DDIM(steps=12, guidance=2.0)
@@ -77,6 +81,20 @@ def test_adaptive_guidance_ends_for_each_array_by_itself():
     together, _ = solver.sample(model, noise(60), labels)
     alone = torch.cat([solver.sample(model, noise(60)[i : i + 1], labels[i : i + 1])[0] for i in range(60)])
     close(together, alone, 1e-12)
+
+
+def test_evaluations_are_those_of_all_arrays_and_not_of_the_last_ones():
+    class Parted(Known):
+        """Answers the same for the first class as for none, and the opposite for the others."""
+
+        def forward(self, x, sigma, labels=None):
+            agrees = torch.ones(len(x)) if labels is None else (labels <= 0).double()
+            return (1 - 2 * agrees)[:, None] * torch.tensor([1.0, -1.0]).to(x)
+
+    solver = AdaptiveGuidance(of=DDIM(steps=10, guidance=2.0))
+    classes = torch.arange(DRAWN_AT_ONCE + 1) // DRAWN_AT_ONCE  # one array of the second class, drawn last
+    _, calls = solve(Parted(), solver, noise(len(classes)), classes, torch.Generator())
+    assert calls == 12  # the first arrays take 11, the last one 20
 
 
 def test_guidance_takes_a_level_for_each_array():
@@ -213,6 +231,11 @@ def test_time_shift_finds_the_level_of_noise():
     assert all(abs(int((grid - level).abs().argmin()) - 435) <= 6 for level in found)
 
 
+def test_time_shift_needs_more_than_one_number():
+    with pytest.raises(ModelError, match=r"variance of an array's numbers, and arrays of shape \(1,\) have one"):
+        TimeShift(steps=3).sample(Known(), noise(5)[:, :1])
+
+
 # --- T-Stitch, AutoDiffusion, search
 
 
@@ -232,6 +255,23 @@ def test_t_stitch_changes_over_where_it_says(tmp_path):
     close(none, inner.sample(large, x)[0], 1e-12)
     every, _ = TStitch(of=inner, small=str(tmp_path), share=1.0).sample(large, x)
     close(every, inner.sample(small, x)[0], 1e-12)
+
+
+@pytest.mark.parametrize(("low", "high", "share", "fits"), [
+    (0.01, 20.0, 1.0, True), (0.01, 5.0, 0.4, False), (2.0, 20.0, 0.4, False), (2.0, 20.0, 0.2, True),
+    (2.0, 5.0, 0.0, True),
+])  # fmt: skip
+def test_t_stitch_asks_the_small_denoiser_where_it_was_trained(tmp_path, low, high, share, fits):
+    small = tiny()
+    small.built = MLP(width=8, depth=1).record()
+    small.parameterisation, small.sigma_max = Parameterisation("edm", 0.7, low), high
+    small.save(tmp_path)
+    solver = TStitch(of=DDIM(steps=10), small=str(tmp_path), share=share)
+    if fits:
+        assert solver.sample(tiny(), noise(4))[1] == 10
+    else:
+        with pytest.raises(ModelError, match=rf"but it was trained for {low:g} to {high:g}"):
+            solver.sample(tiny(), noise(4))
 
 
 def test_evolution_finds_a_known_optimum():
@@ -289,6 +329,15 @@ def test_a_search_raises_what_its_verifier_says(algorithm, verifier):
     assert float(judge(found, labels).mean()) > float(judge(plain, labels).mean())
     if algorithm != "paths":  # the noise that was given is among the candidates
         assert bool((judge(found, labels) >= judge(plain, labels)).all())
+
+
+def test_paths_that_go_above_the_noise_of_the_model_are_refused():
+    model = Ring()
+    model.sigma_max = 5.0
+    solver = NoiseSearch(of=DDIM(steps=6), algorithm="paths")
+    solver.prepare(model, source())
+    with pytest.raises(HoneError, match=r"goes to noise 8.09, at time begin \+ forward, .* up to 5; lower begin"):
+        solver.sample(model, noise(4))
 
 
 def test_a_larger_search_is_never_worse():

@@ -13,6 +13,7 @@ from hone.diffusion.items import Batch
 from hone.diffusion.levels import Parameterisation
 from hone.diffusion.mixture import Mixture
 from hone.diffusion.networks import MLP
+from hone.engine.devices import Cluster
 from hone.errors import ModelError
 from hone.objectives.soundctm import SoundTrajectory, alike
 from hone.objectives.trajectory import (
@@ -172,11 +173,34 @@ def test_weights_of_terms_are_ratios_of_gradients_over_a_whole_step():
     for rows in inputs.split(4):
         out = rows @ layer.T
         balance.look({"main": out.square().sum(), "other": out.abs().sum()}, layer)
-    balance.settle(SimpleNamespace(sum=float))
+    balance.settle(Cluster("cpu"))
     out = inputs @ layer.T
     first = torch.autograd.grad(out.square().sum(), layer, retain_graph=True)[0].norm()
     second = torch.autograd.grad(out.abs().sum(), layer)[0].norm()
     assert balance.weights["other"] == pytest.approx(float(first / (second + 1e-4)))
+
+
+def test_weights_of_terms_are_those_of_all_processes_gradients_together():
+    layer = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    inputs = torch.randn(6, 4, dtype=torch.float64)
+    whole, mine, other = (Balance({"other": (0.0, 1e4)}) for _ in range(3))
+
+    def look(balance, rows, counts=True):
+        out = rows @ layer.T
+        balance.look({"main": out.square().sum(), "other": out.abs().sum()}, layer, counts)
+
+    look(whole, inputs)
+    look(mine, inputs[:4])
+    look(other, inputs[4:])
+    look(other, inputs[:1], counts=False)  # keeps step with a process that has more left
+
+    def reduce(held):
+        for tensor, theirs in zip(held, other.sums.values(), strict=True):
+            tensor.grad = tensor.grad + theirs
+
+    whole.settle(Cluster("cpu"))
+    mine.settle(SimpleNamespace(reduce_gradients=reduce))
+    assert mine.weights["other"] == pytest.approx(whole.weights["other"], rel=1e-12)
 
 
 def test_soundctms_weights_go_up_to_a_thousand():
@@ -184,7 +208,7 @@ def test_soundctms_weights_go_up_to_a_thousand():
     for cls, wanted in ((SoundTrajectory, 1000.0), (ConsistencyTrajectory, 5000.0)):
         balance = cls(teacher="truth")._balance
         balance.look({"main": 5000 * layer.sum(), "denoising": layer.sum()}, layer)
-        balance.settle(SimpleNamespace(sum=float))
+        balance.settle(Cluster("cpu"))
         assert balance.weights["denoising"] == pytest.approx(wanted, rel=1e-4)
 
 

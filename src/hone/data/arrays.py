@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.data.files import digest
+from hone.data.hub import Hub
 from hone.data.source import Split
 from hone.diffusion.items import Collection
 from hone.diffusion.mixture import Mixture
@@ -25,6 +27,7 @@ from hone.errors import DataError
 from hone.parts import part
 
 Count = Annotated[int, Field(ge=1)]
+log = logging.getLogger("hone")
 
 
 @dataclass(kw_only=True)
@@ -67,8 +70,9 @@ class ArraySource:
         return tuple(self._all[0].shape[1:])
 
     def deviation(self) -> float:
-        """Return the standard deviation of the training arrays."""
-        return float(self.collection("train").arrays.std())
+        """Return the standard deviation of the training arrays, 0 where all their numbers are the same."""
+        arrays = self.collection("train").arrays
+        return 0.0 if bool((arrays == arrays.flatten()[0]).all()) else float(arrays.std())
 
     def collection(self, split: Split) -> Collection:
         """Return the arrays of a split.
@@ -77,12 +81,12 @@ class ArraySource:
             split: "train" or "eval".
 
         Raises:
-            DataError: too few arrays are left to train on.
+            DataError: there are too few arrays to train on some and to hold others out.
         """
         arrays, labels = self._all
         held = min(self.holdout, len(arrays) // 4)
-        if len(arrays) - held < 1:
-            raise DataError(f"{self.describe()}: there is nothing to train on: expected at least 2 arrays")
+        if held < 1:
+            raise DataError(f"{self.describe()}: expected at least 4 arrays, of which at most a quarter is held out")
         chosen = slice(len(arrays) - held, None) if split == "eval" else slice(0, len(arrays) - held)
         arrays, labels = arrays[chosen], None if labels is None else labels[chosen]
         if split == "train" and self.limit is not None:
@@ -278,6 +282,7 @@ class Tones(ArraySource):
 
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+LEAST_SPAN = 64  # of 255: the difference of the lightest and the darkest pixel of a set that raises no doubts
 
 
 @part("data", "images", papers="original")
@@ -305,10 +310,10 @@ class Images(ArraySource):
     _rows: list[str] = field(init=False, default_factory=list, repr=False)
 
     def content(self) -> str:
-        """Return the names and hashes of the files, or the name of the set."""
+        """Return the names and hashes of the files, or what the set of the Hub is known by, with its version."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
-            return self.path
+            return self._set().content()
         return json.dumps([(str(p.relative_to(folder)), digest(p)) for p in self._files(folder)])
 
     def _files(self, folder: Path) -> list[Path]:
@@ -317,61 +322,132 @@ class Images(ArraySource):
             raise DataError(f"{folder}: there are no images ({', '.join(IMAGES)}) in it or its subfolders")
         return found
 
+    @cached_property
+    def _hub(self) -> Hub:
+        return Hub(path=self.path)
+
+    def _set(self) -> Hub:
+        """Return the set of the Hub, which is there."""
+        try:
+            self._hub.data()
+        except DataError as error:
+            raise DataError(
+                "data.path: expected a folder of images, or a set of the Hub with one subset and a split 'train', got "
+                f"'{self.path}'. {error}"
+            ) from error
+        return self._hub
+
     def arrays(self) -> tuple[Tensor, Tensor | None]:
         """Return the images and, where asked for, their classes.
 
         Raises:
-            DataError: an image cannot be read, or differs from the first in size or channels.
+            DataError: an image cannot be read, or differs from the first in size or channels, or there are none.
         """
-        pictures, names = zip(*self._read(), strict=True)
         arrays: list[Tensor] = []
-        for where, picture in pictures:
-            array = self._array(picture)
+        names: list[Any] = []
+        for where, picture, name in self._read():
+            array = self._array(picture, where)
             if arrays and array.shape != arrays[0].shape:
                 raise DataError(
                     f"{where}: this image is {tuple(array.shape)} (channels, height, width), but the first is "
                     f"{tuple(arrays[0].shape)}; give {self._way_out(array, arrays[0])}"
                 )
             arrays.append(array)
+            names.append(name)
+        if not arrays:
+            raise DataError(f"data.path: there are no images in '{self.path}'")
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(arrays)))
-        known = sorted(set(names))
-        labels = torch.tensor([known.index(name) for name in names])[order]
-        return torch.stack(arrays)[order], labels if self.conditional else None
+        found = torch.stack(arrays)[order]
+        self._mind_range(found)
+        return found, self._classes(names)[order] if self.conditional else None
 
-    def _read(self) -> Iterator[tuple[tuple[str, Any], str]]:
-        """Yield ((where, image), class) of every image."""
+    def _read(self) -> Iterator[tuple[str, Any, Any]]:
+        """Yield (where, image, class) of every image."""
         from PIL import Image, UnidentifiedImageError
 
         folder = Path(self.path).expanduser()
-        if folder.is_dir():
-            for path in self._files(folder):
-                try:
-                    with Image.open(path) as picture:
-                        picture.load()
-                        yield (str(path), picture.copy()), str(path.parent.relative_to(folder))
-                except (UnidentifiedImageError, OSError) as error:
-                    raise DataError(f"{path}: this is no image that can be read: {error}") from error
+        if not folder.is_dir():
+            yield from self._read_set()
             return
-        import datasets
+        for path in self._files(folder):
+            try:
+                with Image.open(path) as picture:
+                    picture.load()
+                    yield str(path), picture.copy(), str(path.parent.relative_to(folder))
+            except (UnidentifiedImageError, OSError) as error:
+                raise DataError(f"{path}: this is no image that can be read: {error}") from error
 
-        rows = datasets.load_dataset(self.path, split="train")
-        for number, row in enumerate(rows):
-            if self.column not in row:
-                raise DataError(f"{self.path}: there is no column '{self.column}'; it has {', '.join(row)}")
-            yield (f"{self.path}:{number}", row[self.column]), str(row.get(self.label, ""))
+    def _read_set(self) -> Iterator[tuple[str, Any, Any]]:
+        """Yield (where, image, class) of every image of a set of the Hub."""
+        from PIL import Image
+
+        rows = self._set().data()
+        wanted = {"column": self.column, **({"label": self.label} if self.conditional else {})}
+        for number in range(len(rows)):
+            where = f"{self.path}:{number}"
+            try:
+                row = rows[number]
+            except OSError as error:
+                raise DataError(f"{where}: this is no image that can be read: {error}") from error
+            for option, column in wanted.items():
+                if column not in row:
+                    raise DataError(f"data.{option}: {where} has no column '{column}'; it has {', '.join(row)}")
+            picture, name = row[self.column], row.get(self.label)
+            if not isinstance(picture, Image.Image):
+                raise DataError(f"data.column: {where}: expected an image in '{self.column}', got {_kind(picture)}")
+            if self.conditional and not isinstance(name, int | float | str):
+                raise DataError(f"data.label: {where}: expected a class in '{self.label}', got {_kind(name)}")
+            yield where, picture, name
+
+    def _classes(self, names: list[Any]) -> Tensor:
+        """Return the number of each class, in the order of its own number or name."""
+        names = names if all(isinstance(name, int) for name in names) else [str(name) for name in names]
+        places = {name: number for number, name in enumerate(sorted(set(names)))}
+        if len(places) < 2:
+            raise DataError(
+                f"data.conditional: expected at least 2 classes in '{self.path}', found 1; put the images of each into "
+                "a subfolder of its own, name the column of the classes as data.label, or set conditional: false"
+            )
+        return torch.tensor([places[name] for name in names])
 
     def _way_out(self, array: Tensor, first: Tensor) -> str:
         sizes = [] if array.shape[1:] == first.shape[1:] else ["side: 64 or so"]
         colours = [] if len(array) == len(first) else ["grey: true, or grey: false to take all as colours"]
         return ", and ".join([*sizes, *colours])
 
-    def _array(self, picture: Any) -> Tensor:
+    def _array(self, picture: Any, where: str) -> Tensor:
         """Return a picture as (C, H, W) in [-1, 1]."""
-        grey = picture.mode in ("1", "L") if self.grey is None else self.grey
-        picture = picture.convert("L" if grey else "RGB")
+        from PIL import Image
+
+        deep = picture.mode.startswith("I;16")  # 16 bits of grey, which `convert` would cut off at 255
+        grey = (deep or picture.mode in ("1", "L")) if self.grey is None else self.grey
+        if picture.mode in ("I", "F"):
+            raise DataError(
+                f"{where}: expected an image of 8 or 16 bits, got one of mode {picture.mode}, whose numbers have no "
+                "known range; save it with 8 bits, 0 to 255"
+            )
+        if deep:
+            picture = Image.fromarray(np.array(picture, dtype=np.float32) / 257)
+        else:
+            picture = picture.convert("L" if grey else "RGB")
         if self.side is not None:
             short = min(picture.size)
             left, top = (picture.width - short) // 2, (picture.height - short) // 2
             picture = picture.crop((left, top, left + short, top + short)).resize((self.side, self.side))
-        found = torch.from_numpy(np.array(picture)).float() / 127.5 - 1
-        return found[None] if found.dim() == 2 else found.permute(2, 0, 1).contiguous()
+        found = (torch.from_numpy(np.array(picture)).float() / 127.5 - 1).clamp(-1, 1)
+        if found.dim() == 2:
+            return found[None] if grey else found.repeat(3, 1, 1)
+        return found.permute(2, 0, 1).contiguous()
+
+    def _mind_range(self, arrays: Tensor) -> None:
+        """Say so where a whole set uses a small part of the range of pixels, which is most likely of another range."""
+        low, high = ((float(value) + 1) * 127.5 for value in (arrays.min(), arrays.max()))
+        if high - low < LEAST_SPAN:
+            log.warning(
+                "%s: all pixels lie between %.4g and %.4g of 0 to 255, which becomes -1 to 1; expected most of that "
+                "range: save the images with their largest value as 255", self.path, low, high,
+            )  # fmt: skip
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -379,8 +379,10 @@ class Phases(Steps):
                 [prompt.question for prompt in asked], samples=source.samples_each, seed=int(drawn),
                 max_new_tokens=source.max_new_tokens, temperature=source.temperature, stop=self.renderer.stop_ids,
             )  # fmt: skip
+        # What is learned from is sampled as the objective answers, but for those that answer by a search.
+        sample = getattr(run.objective, "roll_out", run.objective.generate)
         with gathered(run.model), run.cluster.autocast():
-            found: list[list[Generation]] = run.objective.roll_out(
+            found: list[list[Generation]] = sample(
                 run.model, [prompt.question for prompt in asked], samples=source.samples_each,
                 max_new_tokens=source.max_new_tokens, sampler=Sampler(temperature=source.temperature),
                 stop=self.renderer.stop_ids, seed=int(drawn), batch=source.batch, scored_at=source.temperature,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hone.diffusion.items import Batch, Item, collate
 from hone.diffusion.levels import Parameterisation, spread
 from hone.diffusion.saved import FILE, WEIGHTS, denoiser_folder
+from hone.diffusion.views import check_guidance
 from hone.errors import HoneError, ModelError
 from hone.files import write_whole
 from hone.precision import wide_dtype
@@ -99,9 +100,10 @@ class Denoiser(nn.Module):
         Args:
             x: (B, *shape) noisy arrays.
             sigma: (B,) noise levels, or one number.
-            labels: (B,) classes; None leaves D as it is.
+            labels: (B,) classes; None where guidance is 1.
             guidance: 1 leaves D as it is.
         """
+        check_guidance(guidance, labels is not None)
         if labels is None or guidance == 1.0:
             return self(x, sigma, labels)
         sigma = sigma.expand(len(x)) if sigma.dim() == 0 else sigma

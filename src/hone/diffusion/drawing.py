@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hone.diffusion.views import check_guidance
 from hone.precision import wide_dtype
 
 DRAWN_AT_ONCE = 1024
@@ -31,19 +32,37 @@ def solve(
 ) -> tuple[Tensor, int]:
     """Return what a solver makes of noise (N, *shape), and how often the network ran for each array.
 
+    The evaluations of a solver that takes more for some arrays than for others are their mean, rounded up.
+
     Args:
         model: the denoiser.
         solver: makes arrays of noise.
         noise: (N, *shape) of unit variance.
         classes: (N,) class of each array, -1 for none; None for none at all.
         generator: draws what a stochastic solver adds on the way.
+
+    Raises:
+        ModelError: the solver guides, and no array has a class.
     """
-    made, calls = [], 0
+    check_guidance(guidance_of(solver), classes is not None and bool((classes >= 0).any()))
+    made, evaluations = [], 0
     for begin in range(0, len(noise), DRAWN_AT_ONCE):
         part = slice(begin, begin + DRAWN_AT_ONCE)
         found, calls = solver.sample(model, noise[part], None if classes is None else classes[part], generator)
         made.append(found)
-    return torch.cat(made), calls
+        evaluations += calls * len(found)
+    return torch.cat(made), -(-evaluations // len(noise))
+
+
+def guidance_of(solver: Any) -> float:
+    """Return the guidance that a solver draws with, or the one inside it.
+
+    Args:
+        solver: makes arrays of noise.
+    """
+    while (inside := getattr(solver, "inner", None)) is not None:
+        solver = inside
+    return float(getattr(solver, "guidance", 1.0))
 
 
 def draw(model: Any, solver: Any, count: int, labels: Tensor | None = None, seed: int = 0) -> tuple[Tensor, int]:

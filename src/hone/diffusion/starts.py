@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -13,11 +14,12 @@ from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import Kind, Parameterisation
 from hone.diffusion.networks import MLP, UNet
 from hone.diffusion.saved import denoiser_folder
-from hone.errors import ModelError
+from hone.errors import DataError, ModelError
 from hone.options import Nested
 from hone.parts import part
 
 Level = Annotated[float, Field(gt=0)]
+LOWEST, HIGHEST = 0.002, 80.0  # noise levels of a fresh denoiser
 
 
 @part("model", "denoiser", papers="original")
@@ -54,8 +56,12 @@ class Denoisers:
                 )
             if self.network is not None:
                 yield "network", "cannot be given together with path: the earlier run has one"
-        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min >= self.sigma_max:
-            yield "sigma_min", f"expected less than sigma_max ({self.sigma_max}), got {self.sigma_min}"
+        fresh = not self.path
+        low, high = self.sigma_min or (LOWEST if fresh else 0.0), self.sigma_max or (HIGHEST if fresh else math.inf)
+        if low >= high and self.sigma_min is not None:
+            yield "sigma_min", f"expected less than sigma_max ({high}), got {low}"
+        elif low >= high:
+            yield "sigma_max", f"expected more than sigma_min ({low}), got {high}"
 
     def load(self, *, device: torch.device | str, dtype: torch.dtype, data: Any) -> Denoiser:
         """Build or load the denoiser.
@@ -67,16 +73,17 @@ class Denoisers:
 
         Raises:
             ModelError: the earlier run's arrays have another shape or other classes than the data.
+            DataError: the data has no deviation that can be measured.
         """
         if self.path:
             return self._earlier(device, dtype, data)
         kept = Parameterisation(
-            self.parameterisation or "edm", self.sigma_data or round(data.deviation(), 4), self.sigma_min or 0.002
+            self.parameterisation or "edm", self.sigma_data or measured(data), self.sigma_min or LOWEST
         )
         shape, classes = data.shape, data.classes
         plan = self.network or (MLP() if len(shape) == 1 else UNet())
         made = Denoiser(
-            plan.build(shape, classes), kept, shape, classes=classes, sigma_max=self.sigma_max or 80.0,
+            plan.build(shape, classes), kept, shape, classes=classes, sigma_max=self.sigma_max or HIGHEST,
             built=plan.record(),
         )  # fmt: skip
         return made.to(device=device, dtype=dtype)
@@ -101,8 +108,33 @@ class Denoisers:
             raise ModelError(
                 f"model.sigma_max: {self.sigma_max} is above the {made.sigma_max} that the earlier run was trained for"
             )
+        low, high = self.sigma_min or old.sigma_min, self.sigma_max or made.sigma_max
+        if low >= high:
+            given = "sigma_max" if self.sigma_min is None else "sigma_min"
+            raise ModelError(
+                f"model.{given}: expected sigma_min below sigma_max, got {low} and {high}; the earlier run was trained "
+                f"for {old.sigma_min} to {made.sigma_max}"
+            )
         made.parameterisation = Parameterisation(
-            self.parameterisation or old.kind, self.sigma_data or old.sigma_data, self.sigma_min or old.sigma_min
+            self.parameterisation or old.kind, self.sigma_data or old.sigma_data, low
         )
-        made.sigma_max = self.sigma_max or made.sigma_max
+        made.sigma_max = high
         return made
+
+
+def measured(data: Any) -> float:
+    """Return the standard deviation of the data, to four places where that leaves something of it.
+
+    Args:
+        data: a source of arrays.
+
+    Raises:
+        DataError: its numbers are all the same, or not finite.
+    """
+    found = float(data.deviation())
+    if not 0 < found < math.inf:  # NaN is neither
+        raise DataError(
+            f"{data.describe()}: the standard deviation of the training arrays is {found:g}; expected numbers that are "
+            "finite and not all the same"
+        )
+    return round(found, 4) or found

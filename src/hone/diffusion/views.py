@@ -7,6 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hone.errors import ModelError
+
+
+def check_guidance(guidance: float, classes: bool) -> None:
+    """Refuse guidance where there are no classes that it could lead to: it would do nothing and say nothing.
+
+    Args:
+        guidance: of classifier-free guidance; 1 for none.
+        classes: whether there are some.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if guidance != 1.0 and not classes:
+        raise ModelError(
+            f"guidance: {guidance:g} leads to a class, and there are none here; set data.conditional: true, or "
+            "guidance: 1 in the objective or the solver"
+        )
+
 
 class View(nn.Module):
     """What is called like a denoiser, for the arrays and the noise range of one."""
@@ -27,9 +46,10 @@ class View(nn.Module):
         Args:
             x: (B, *shape) noisy arrays.
             sigma: (B,) noise levels, or one number.
-            labels: (B,) classes; None leaves the answer as it is.
+            labels: (B,) classes; None where guidance is 1.
             guidance: 1 leaves the answer as it is.
         """
+        check_guidance(guidance, labels is not None)
         told: Tensor = self(x, sigma, labels)
         if labels is None or guidance == 1.0:
             return told

@@ -22,7 +22,7 @@ class Distance:
 
     def __call__(self, generated: Tensor, real: Tensor) -> float:
         """Return the distance of (N, *shape) generated from (M, *shape) real arrays."""
-        left, right = generated[: self.most].flatten(1).double().cpu(), real[: self.most].flatten(1).double().cpu()
+        left, right = (rows[: self.most].flatten(1).cpu().double() for rows in (generated, real))  # MPS has no float64
         return self.between(left, right)
 
     def between(self, generated: Tensor, real: Tensor) -> float:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -102,6 +103,8 @@ class Wasserstein(Distance):
 
         count = min(len(generated), len(real))
         costs = (torch.cdist(generated[:count], real[:count]) ** 2).numpy()
+        if not np.isfinite(costs).all():  # of a diverged model
+            return math.nan
         rows, columns = linear_sum_assignment(costs)
         return math.sqrt(float(costs[rows, columns].mean()))
 
@@ -252,7 +255,7 @@ def frechet(left: Tensor, right: Tensor) -> float:
     """Return the squared Fréchet distance of two sets' means and covariances.
 
     The trace of (C_x C_y)^(1/2) is the sum of the roots of the eigenvalues of C_x^(1/2) C_y C_x^(1/2), which is
-    symmetric.
+    symmetric. Rows that are not finite are at no distance that is a number.
 
     Args:
         left: (N, d) float64 rows.
@@ -260,6 +263,8 @@ def frechet(left: Tensor, right: Tensor) -> float:
     """
     means = left.mean(0) - right.mean(0)
     first, second = (torch.atleast_2d(torch.cov(rows.T)) for rows in (left, right))
+    if not bool(first.isfinite().all() and second.isfinite().all()):  # of a diverged model
+        return math.nan
     values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     mixed = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()

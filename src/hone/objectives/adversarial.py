@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hone.diffusion.critics import Critic, Game, Head, critic_loss, generator_loss
 from hone.diffusion.denoiser import Denoiser
 from hone.diffusion.levels import spread
+from hone.diffusion.views import check_guidance
 from hone.engine.devices import mixed_seed
 from hone.objectives.arrays import Share
 from hone.objectives.base import Turn
@@ -146,6 +147,7 @@ class NitroFusion(Contested):
             run: the run in progress.
         """
         super().prepare(run)
+        check_guidance(self.guidance, bool(run.model.classes))
         self._teacher = load_teacher(self.teacher, run)
         self._range = (self._teacher.sigma_min, self._teacher.sigma_max)
         self._critic = Pool(fake_network(None, self._teacher, run.model), self.parts, self.copies)

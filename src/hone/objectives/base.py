@@ -156,16 +156,6 @@ class Objective:
 
         return generate(model, prompts, **options)
 
-    def roll_out(self, model: LanguageModel, prompts: Sequence[np.ndarray], **options: Any) -> list[list[Generation]]:
-        """Sample the answers of a phase that the model learns from; here as it answers.
-
-        Args:
-            model: the language model.
-            prompts: token ids of each prompt.
-            options: those of `hone.text.generate.generate`.
-        """
-        return self.generate(model, prompts, **options)
-
     def drawn_by(self, model: Any) -> Any:
         """Return the denoiser that draws arrays in evaluation, for objectives of arrays; here the model itself.
 

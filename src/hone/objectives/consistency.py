@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.levels import karras, spread
+from hone.errors import ModelError
 from hone.modes import draws
 from hone.objectives.arrays import ArrayObjective, Positive, Share, neighbours, squared
 from hone.objectives.teachers import Mean
@@ -62,8 +63,25 @@ class Consistency(ArrayObjective):
         drop_labels: share of the arrays whose class is left out; 1 leaves all classes free.
     """
 
+    anchored: ClassVar[bool] = False  # whether some aims are the arrays themselves
     rho: Positive = 7.0
     drop_labels: Share = 0.0
+
+    def setup(self, run: Any) -> None:
+        """Refuse a model whose answer is free at every noise level: the same one everywhere would have no loss.
+
+        Args:
+            run: the run in progress.
+
+        Raises:
+            ModelError: it is one.
+        """
+        super().setup(run)
+        if run.model.parameterisation.kind == "x0" and not self.anchored:
+            raise ModelError(
+                "model.parameterisation: x0 ties a consistency model to its input nowhere, so that one answer to "
+                "everything has no loss; set it to consistency, or to edm, flow, trigflow, vp-eps or vp-v"
+            )
 
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, summed over the arrays.
@@ -397,6 +415,7 @@ class EasyConsistencyTuning(Consistency):
         huber: constant of a pseudo-Huber distance, 0 for the norm.
     """
 
+    anchored = True
     q: Positive = 2.0
     k: Annotated[float, Field(ge=0)] = 8.0
     b: Positive = 1.0

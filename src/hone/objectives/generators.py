@@ -25,7 +25,7 @@ from hone.modes import frozen
 from hone.objectives.arrays import ArrayObjective, Positive, Share, output_error
 from hone.objectives.base import Turn
 from hone.objectives.teachers import load_teacher
-from hone.objectives.watch import Watch
+from hone.objectives.watch import Watching
 from hone.solvers.few import Multistep
 
 Strength = Annotated[float, Field(ge=0)]
@@ -105,7 +105,7 @@ class Drawn:
 
 
 @dataclass(kw_only=True)
-class Generator(ArrayObjective):
+class Generator(Watching, ArrayObjective):
     """What all generators share: how arrays are drawn for training.
 
     Args:
@@ -123,7 +123,6 @@ class Generator(ArrayObjective):
     most: Share = 0.98
     rho: Positive = 7.0
     _range: tuple[float, float] = field(init=False, default=(0.002, 80.0), repr=False)
-    _watches: dict[str, Watch] = field(init=False, default_factory=dict, repr=False)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong with the noise levels."""
@@ -236,39 +235,6 @@ class Generator(ArrayObjective):
         """
         raise NotImplementedError
 
-    def watch(self, name: str, floor: float | None = None) -> None:
-        """Stop the run when the loss of a critic diverges.
-
-        Args:
-            name: of a figure in the rows of the run, e.g. "fake/denoising".
-            floor: losses below it count as this; None takes the usual.
-        """
-        self._watches[name] = Watch(name) if floor is None else Watch(name, floor)
-
-    def after_step(self, run: Any, row: dict[str, Any]) -> None:
-        """Look whether a critic diverges.
-
-        Args:
-            run: the run in progress.
-            row: metrics of the step.
-        """
-        super().after_step(run, row)
-        for name, watch in self._watches.items():
-            watch.look(row[name], run.step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the watches have seen."""
-        return {"watches": {name: watch.state_dict() for name, watch in self._watches.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state.
-
-        Args:
-            state: as `state_dict` returned it.
-        """
-        for name, watch in self._watches.items():
-            watch.load_state_dict(state["watches"][name])
-
 
 @dataclass(kw_only=True)
 class Contested(Generator):
@@ -329,11 +295,19 @@ class Distilled(Generator):
 
         Args:
             run: the run in progress.
+
+        Raises:
+            ModelError: an adapter goes around the student's weights, or the teacher's do not fit.
         """
         super().prepare(run)
         self._teacher = load_teacher(self.teacher, run)
         self._range = (self._teacher.sigma_min, self._teacher.sigma_max)
         if self.begin == "teacher":
+            if run.adapter is not None and not run.adapter.saves_base:
+                raise ModelError(
+                    f"objective.begin: the adapter '{run.adapter.name}' is attached to the student, whose own weights "
+                    "stay as they are; name the teacher's run as model.path, or set adapter: full"
+                )
             take_weights(run.model, self._teacher)
 
     def losses(self, model: Any, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
@@ -387,9 +361,19 @@ def take_weights(model: Any, teacher: Any) -> None:
         ModelError: their networks differ, or their outputs mean different things.
     """
     what = "objective.begin: the student cannot begin with the teacher's weights: "
-    if not hasattr(teacher, "hf") or teacher.parameterisation.kind != model.parameterisation.kind:
-        kinds = f"the parameterisation of one is {model.parameterisation.kind}"
-        raise ModelError(what + (f"{kinds}, the other's another" if hasattr(teacher, "hf") else "it has no network"))
+    if not hasattr(teacher, "hf"):
+        raise ModelError(f"{what}it has no network")
+    levels = torch.tensor([model.sigma_min, model.sigma_data, model.sigma_max], dtype=torch.float64)
+    found, wanted = (one.parameterisation.coefficients(levels) for one in (model, teacher))
+    if not all(torch.allclose(own, theirs, rtol=1e-3) for own, theirs in zip(found, wanted, strict=True)):
+        own, theirs = (
+            f"{one.kind}, sigma_data {one.sigma_data:g}, sigma_min {one.sigma_min:g}"
+            for one in (model.parameterisation, teacher.parameterisation)
+        )
+        raise ModelError(
+            f"{what}they would mean other arrays: its parameterisation is {theirs}; the student's is {own}. Set "
+            "model.parameterisation, model.sigma_data and model.sigma_min to the teacher's"
+        )
     for network in getattr(model.hf, "students", [model.hf]):
         try:
             network.load_state_dict(teacher.hf.state_dict())

@@ -14,10 +14,11 @@ from hone.modes import frozen
 from hone.objectives.arrays import ArrayObjective, Positive
 from hone.objectives.base import Turn
 from hone.objectives.teachers import add_player
+from hone.objectives.watch import HINGE, Watching
 
 
 @dataclass(kw_only=True)
-class Judged(ArrayObjective):
+class Judged(Watching, ArrayObjective):
     """An objective with a teacher on whose features heads tell real from denoised arrays, by a hinge loss.
 
     Args:
@@ -40,6 +41,8 @@ class Judged(ArrayObjective):
         """
         self._critic = Critic(teacher)
         add_player(run, "critic", self._critic)
+        if run.loader is not None:  # who evaluates takes no steps
+            self.watch("critic/loss", HINGE)
 
     def doubts(self, model: Any, batch: Any, made: Tensor) -> Tensor:
         """Return what the student lowers (B,).

@@ -15,8 +15,10 @@ from hone.modes import frozen
 from hone.objectives.arrays import Positive, Share, squared
 from hone.objectives.base import Turn
 from hone.objectives.consistency import Count
+from hone.objectives.matching import GUESSING
 from hone.objectives.progressive import Progressive, implied, snr_weight, step
 from hone.objectives.teachers import add_player
+from hone.objectives.watch import Watching
 from hone.parts import part
 
 
@@ -58,7 +60,7 @@ class StepCritic(Critic):
     "weighted by the truncated signal-to-noise ratio.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class Lightning(Progressive):
+class Lightning(Watching, Progressive):
     """Progressive adversarial distillation.
 
     The student's x' = D(x, s) + (s' / s) (x - D(x, s)) shall look like the teacher's to a discriminator with the
@@ -100,6 +102,7 @@ class Lightning(Progressive):
         super().setup(run)
         self._critic = StepCritic(self._teacher if hasattr(self._teacher, "hf") else run.model)
         add_player(run, "critic", self._critic, self.critic_rate)
+        self.watch("critic/loss", GUESSING)
 
     def turns(self, model: Any, batch: Any) -> Iterator[Turn]:
         """Yield the model's turn and, where it is judged, the discriminator's.

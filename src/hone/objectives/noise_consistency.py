@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -80,8 +81,13 @@ class NoiseConsistency(ArrayObjective):
             run: the run in progress.
 
         Raises:
-            ModelError: it has too few classes for the control.
+            ModelError: it has too few classes for the control, or arrays too small for it.
         """
+        if self.control == "quadrant" and math.prod(run.model.shape) < 2:
+            raise ModelError(
+                f"objective.control: quadrant looks at two halves of an array, and arrays {run.model.shape} have one "
+                "number; set it to amount"
+            )
         needed = 4 if self.control == "quadrant" else 2
         if run.model.classes < needed:
             raise ModelError(

@@ -7,7 +7,7 @@ for renderings of the scenes that these methods were made for.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -21,6 +21,24 @@ from hone.objectives.matching import Matching
 from hone.parts import part
 
 
+class GuidedByClass:
+    """Mixed into objectives whose usual guidance is strong: data without classes goes without it."""
+
+    if TYPE_CHECKING:
+        guidance: float
+        _teacher: Any
+
+    def real(self, drawn: Drawn) -> Tensor:
+        """Return the teacher's D_p (B, *shape), with guidance where there are classes.
+
+        Args:
+            drawn: B generated arrays with noise.
+        """
+        guidance = 1.0 if drawn.labels is None else self.guidance
+        found: Tensor = self._teacher.guided(drawn.noisy, drawn.sigma, drawn.labels, guidance)
+        return found
+
+
 @part(
     "objective", "sds",
     papers=[("DreamFusion: Text-to-3D using 2D Diffusion", "arXiv:2209.14988")],
@@ -29,13 +47,13 @@ from hone.parts import part
     deviations="There is no renderer: a generator, or free arrays, stand in its place.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class ScoreDistillation(Distilled):
+class ScoreDistillation(GuidedByClass, Distilled):
     """Score distillation sampling: y moves along w (n^ - n), the noise that the teacher finds less that which is there.
 
     n^ - n = (y - D_p(x, s)) / s: variational score distillation whose fake score is that of the one point y, D_q = y.
 
     Args:
-        guidance: of the teacher, by classifier-free guidance.
+        guidance: of the teacher, by classifier-free guidance; none where the data has no classes.
         weight: of the noise levels (`hone.objectives.generators.level_weight`).
     """
 
@@ -150,11 +168,11 @@ class NoiseFree(Distilled):
     "network instead of a low-rank adapter that sees the camera.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class Variational(Matching):
+class Variational(GuidedByClass, Matching):
     """Variational score distillation: y moves against w (n_teacher - n_fake), the fake score being learned on all y.
 
     Args:
-        guidance: of the teacher, by classifier-free guidance.
+        guidance: of the teacher, by classifier-free guidance; none where the data has no classes.
         weight: of the noise levels (`hone.objectives.generators.level_weight`).
         critic_updates: steps of the fake score for each of the generator's.
         gan_weight: of a discriminator in the generator's loss; the paper has none.

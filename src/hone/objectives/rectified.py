@@ -190,7 +190,7 @@ class FlowGuided(Paired):
     |v(z, 1) - (z - y)|^2 + online |v(z', 1) - (z' - Y)|^2
 
     (z, y) a pair;  Y = where two steps of the teacher lead from fresh noise z', the level between them with an even
-    time in [0.2, 0.8]. Sampled by `multistep` or `ddim` in one step.
+    time in [0.2, 0.8], times that of sigma_max where it is below 0.8. Sampled by `multistep` or `ddim` in one step.
 
     Args:
         online: weight of the two-step samples.
@@ -216,7 +216,9 @@ class FlowGuided(Paired):
         x = model.sigma_max * self.normal(batch, "fresh")
         guess = model(x, top, labels)
         with torch.no_grad():
-            middle = from_flow_time(0.2 + 0.6 * self.uniform(batch, "time"))
+            end = model.sigma_max / (1 + model.sigma_max)
+            end = 1.0 if end >= 0.8 else end  # no network is asked above sigma_max
+            middle = from_flow_time(end * (0.2 + 0.6 * self.uniform(batch, "time")))
             first = guess if self.lead == "student" else self.taught(x, top, labels)
             aim = self.taught(step(x, first, top, middle), middle, labels)
         guided = velocity_error(guess, aim, top)

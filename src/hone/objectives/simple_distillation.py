@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from hone.diffusion.views import View
+from hone.diffusion.views import View, check_guidance
 from hone.objectives.arrays import ArrayObjective, Positive
 from hone.objectives.base import Turn
 from hone.objectives.consistency import Count
@@ -147,6 +147,7 @@ class SimpleDistillation(ArrayObjective):
             run: the run in progress.
         """
         super().setup(run)
+        check_guidance(self.guidance, bool(run.model.classes))
         self._teacher = load_teacher(self.teacher, run)
 
     def steps_now(self, batch: Any) -> int:

@@ -7,13 +7,13 @@ g is the network, which is shown s beside t; g(x, t, t) is a denoiser, G(x, t, 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from hone.diffusion.critics import Critic, critic_loss, generator_loss
 from hone.diffusion.levels import karras, spread
@@ -23,6 +23,7 @@ from hone.objectives.arrays import ArrayObjective, Positive, Share, output_error
 from hone.objectives.base import Turn
 from hone.objectives.consistency import Count, Follows, huber_constant, pseudo_huber
 from hone.objectives.teachers import Mean, add_player, load_teacher
+from hone.objectives.watch import HINGE, Watching
 from hone.parts import part
 
 LOWEST = 1e-4  # what a jump to 0 shows its network, which sees logarithms
@@ -115,24 +116,29 @@ class Balance:
         self.weights = dict.fromkeys(limits, 1.0)
         self.sums: dict[str, Tensor] = {}
 
-    def look(self, losses: dict[str, Tensor], layer: Tensor) -> None:
+    def look(self, losses: dict[str, Tensor], layer: Tensor, counts: bool = True) -> None:
         """Add a micro-batch's gradients.
 
         Args:
             losses: sums of the losses by name, the main one's being "main".
             layer: the weights at which gradients are compared.
+            counts: False for one that only keeps a process in step with the others; it adds nothing.
         """
         for name, loss in losses.items():
-            found = torch.autograd.grad(loss, layer, retain_graph=True)[0]
+            found = torch.autograd.grad(loss, layer, retain_graph=True)[0] if counts else torch.zeros_like(layer)
             self.sums[name] = self.sums.get(name, torch.zeros_like(found)) + found
 
     def settle(self, cluster: Any) -> None:
         """Take the weights of the next step from the gradients of this one.
 
         Args:
-            cluster: the processes, whose norms are added up.
+            cluster: the processes, whose gradients are added up: the norm of a sum is no sum of norms.
         """
-        norms = {name: cluster.sum(float(found.norm())) for name, found in self.sums.items()}
+        whole = {name: nn.Parameter(torch.zeros_like(found)) for name, found in self.sums.items()}
+        for name, found in self.sums.items():
+            whole[name].grad = found
+        cluster.reduce_gradients(whole.values())
+        norms = {name: float(held.grad.norm()) for name, held in whole.items() if held.grad is not None}
         for name, (least, most) in self.limits.items():
             if name in norms:
                 self.weights[name] = min(max(norms["main"] / (norms[name] + self.tiny), least), most)
@@ -154,7 +160,7 @@ class Balance:
     "arrays by the frozen network of the teacher, where the authors' judges clean ones by image classifiers.",
 )  # fmt: skip
 @dataclass(kw_only=True)
-class ConsistencyTrajectory(Follows, ArrayObjective):
+class ConsistencyTrajectory(Watching, Follows, ArrayObjective):
     """Consistency trajectory distillation.
 
     d(G_m(G(x_t, t, s), s, 0), G_m(G_sg(x_u, u, s), s, 0)),  x_u = the teacher's Heun steps from x_t,  s <= u < t
@@ -194,6 +200,7 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
     _mean: Mean | None = field(init=False, default=None, repr=False)
     _teacher: Any = field(init=False, default=None, repr=False)
     _critic: Any = field(init=False, default=None, repr=False)
+    _counted: list[Any] = field(init=False, default_factory=list, repr=False)
     _balance: Balance = field(
         init=False, default_factory=lambda: Balance({"denoising": (0.0, 1e4), "game": (0.01, 10.0)}), repr=False
     )
@@ -230,6 +237,26 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
         if self.adversarial:
             self._critic = Critic(self._teacher if hasattr(self._teacher, "hf") else run.model)
             add_player(run, "critic", self._critic)
+            self.watch("critic/loss", HINGE)
+
+    def before_step(self, run: Any, trees: Sequence[Any]) -> None:
+        """Give every array its place, and forget which batches the step before had.
+
+        Args:
+            run: the run in progress.
+            trees: all arrays of the step.
+        """
+        super().before_step(run, trees)
+        self._counted = []
+
+    def count(self, batch: Any) -> float:
+        """Return the number of arrays, and keep the batch in mind: only those that count in a step are asked about.
+
+        Args:
+            batch: B arrays.
+        """
+        self._counted.append(batch)
+        return super().count(batch)
 
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss without the adversarial term, summed over the arrays.
@@ -250,7 +277,7 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
         """
         terms, noisy, later = self.terms(model, batch)
         if self._critic is None or self._progress < self.begin:
-            self.compare(model, terms)
+            self.compare(model, batch, terms)
             yield Turn("model", *self.weighed(terms))
             return
         labels = self.labels(model, batch)
@@ -259,21 +286,23 @@ class ConsistencyTrajectory(Follows, ArrayObjective):
         shown = spread(level, fake) * self.normal(batch, "fake")
         with frozen(self._critic):
             terms["game"] = generator_loss(self._critic(fake + shown, level, labels)).sum()
-        self.compare(model, terms)
+        self.compare(model, batch, terms)
         yield Turn("model", *self.weighed(terms))
         real = batch.arrays + spread(level, fake) * self.normal(batch, "real")
         judged = critic_loss(self._critic(real, level, labels), self._critic((fake + shown).detach(), level, labels))
         yield Turn("critic", judged.sum(), {})
 
-    def compare(self, model: Any, terms: dict[str, Tensor]) -> None:
+    def compare(self, model: Any, batch: Any, terms: dict[str, Tensor]) -> None:
         """Measure the gradients of the terms, for the weights of the next step.
 
         Args:
             model: the denoiser.
+            batch: B arrays.
             terms: sums by name.
         """
         if self.adaptive and len(terms) > 1:
-            self._balance.look(terms, [p for p in model.hf.parameters() if p.requires_grad and p.dim() > 1][-1])
+            layer = [p for p in model.hf.parameters() if p.requires_grad and p.dim() > 1][-1]
+            self._balance.look(terms, layer, any(batch is one for one in self._counted))
 
     def weighed(self, terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the whole loss, and its terms as metrics.

@@ -80,7 +80,7 @@ class ModelReward(Reward):
             for trees in divide(self._trees(attempts), self.batch_tokens):
                 batch = pack(trees)
                 numbers = batch.fields[SCORE].double()
-                found[numbers[~numbers.isnan()].long()] = self._judge(batch).double().cpu()
+                found[numbers[~numbers.isnan()].long()] = self._judge(batch).cpu().double()
         return [float(value) for value in found]
 
     def _trees(self, attempts: Sequence[Attempt]) -> list[Tree]:

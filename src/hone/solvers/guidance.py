@@ -236,10 +236,10 @@ def fit_guess(target: Tensor, known: list[Tensor], near: int, ridge: float = 0.0
         near: which of them the guess falls back to where the others add nothing.
         ridge: pull to that, as a share of the mean square of what is known.
     """
-    columns = torch.stack([value.flatten().double().cpu() for value in known], dim=1)
+    columns = torch.stack([value.flatten().cpu().double() for value in known], dim=1)
     square = columns.T @ columns
     square = square + ridge * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
-    weights = torch.linalg.solve(square, columns.T @ (target.flatten().double().cpu() - columns[:, near]))
+    weights = torch.linalg.solve(square, columns.T @ (target.flatten().cpu().double() - columns[:, near]))
     weights[near] += 1
     return weights
 

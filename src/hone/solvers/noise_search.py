@@ -114,7 +114,7 @@ class NoiseSearch(Around):
             generator: draws further noises.
 
         Raises:
-            HoneError: there is no verifier yet.
+            HoneError: there is no verifier yet, or the paths would go above the model's noise.
         """
         if self._verdict is None:
             raise HoneError("noise-search: it has no verifier yet; call prepare(model, source) before sample")
@@ -145,6 +145,12 @@ class NoiseSearch(Around):
         self, model: Any, noise: Tensor, labels: Tensor | None, generator: torch.Generator | None, verdict: Verifier
     ) -> tuple[Tensor, int]:
         """Search among paths."""
+        highest = float(from_flow_time(torch.tensor(self.begin + self.forward, dtype=torch.float64)))
+        if highest > model.sigma_max * 1.001:
+            raise HoneError(
+                f"solvers: noise-search goes to noise {highest:.3g}, at time begin + forward, and the model was "
+                f"trained up to {model.sigma_max:g}; lower begin, or forward and back"
+            )
         asked = Counted(model, labels, self.inner.guidance)
         grid, time = self.inner.sigmas(model), self.begin
         starts = [noise, *(noise_like(noise, generator) for _ in range(self.candidates - 1))]

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hone.diffusion.levels import spread
+from hone.errors import ModelError
 from hone.parts import part
 from hone.solvers.base import Counted, Solver
 
@@ -59,7 +60,15 @@ class TimeShift(Solver):
             x: (B, *shape) at the first of them.
             sigmas: (n,) descending.
             generator: unused.
+
+        Raises:
+            ModelError: arrays of one number have no variance over their coordinates.
         """
+        if x[0].numel() < 2:
+            raise ModelError(
+                "solvers: time-shift looks at the variance of an array's numbers, and arrays of shape "
+                f"{tuple(x.shape[1:])} have one; take ddim"
+            )
         grid = ddpm_levels()
         level = sigmas[0].expand(len(x))
         for now, then in itertools.pairwise(sigmas):
@@ -85,5 +94,5 @@ class TimeShift(Solver):
         expected = near**2 / (1 + near**2)
         if self.with_data:
             expected = expected + sigma_data**2 / (1 + near**2)
-        found = x.flatten(1).double().cpu().var(dim=1) / (1 + planned**2)
+        found = x.flatten(1).cpu().double().var(dim=1) / (1 + planned**2)
         return near[(found[:, None] - expected).abs().argmin(dim=1)]

@@ -16,6 +16,7 @@ from hone.errors import ModelError
 from hone.parts import part
 from hone.solvers.around import Around
 from hone.solvers.base import Counted
+from hone.solvers.shifted import TimeShift
 
 
 class Stitched(Counted):
@@ -71,8 +72,11 @@ class TStitch(Around):
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield what is wrong, without loading anything."""
         yield from super().check()
-        if getattr(self.inner, "churn", 0):
-            yield "of", "expected a solver without churn, which raises the level of a step above that of the border"
+        if getattr(self.inner, "churn", 0) or isinstance(self.inner, TimeShift):
+            yield (
+                "of",
+                "expected a solver without churn, and not time-shift: they take steps to levels across the border",
+            )
         later = self.small == "base" or self.small.startswith("stage:")  # what has not run yet
         if not later and denoiser_folder(self.small) is None:
             yield "small", f"there is no denoiser in '{self.small}'; expected a finished run of one"
@@ -84,9 +88,19 @@ class TStitch(Around):
             model: the denoiser.
             labels: (B,) classes, None for none.
             sigmas: (n,) levels that will be visited, descending.
+
+        Raises:
+            ModelError: the small denoiser is for other arrays, or was trained for less noise.
         """
         first = round(self.share * (len(sigmas) - 1))
-        return Stitched((model, self._small(model)), labels, self.inner.guidance, float(sigmas[first]))
+        small, border = self._small(model), float(sigmas[first])
+        high, low = float(sigmas[0]), max(border, model.sigma_min)
+        if first and (high > small.sigma_max * 1.001 or low < small.sigma_min * 0.999):
+            raise ModelError(
+                f"solvers: t-stitch asks the small denoiser at noise from {high:g} down to {low:g}, but it was trained "
+                f"for {small.sigma_min:g} to {small.sigma_max:g}; name another one as small, or change share"
+            )
+        return Stitched((model, small), labels, self.inner.guidance, border)
 
     def _small(self, model: Any) -> Denoiser:
         """Return the small denoiser, on the large one's device and in its precision."""

@@ -29,26 +29,35 @@ def make_verifier(kind: Kind, source: Any) -> Verifier:
     Raises:
         HoneError: the data has no known density, or no classes.
     """
+    judged = _judge(kind, source)
+
+    def verdict(x: Tensor, labels: Tensor | None) -> Tensor:
+        scores = judged(x.cpu().double(), None if labels is None else labels.cpu())  # MPS has no float64
+        return scores.to(x.device, torch.float32 if x.device.type == "mps" else scores.dtype)
+
+    return verdict
+
+
+def _judge(kind: Kind, source: Any) -> Verifier:
+    """Return a verifier of float64 arrays on the CPU."""
     if kind == "density":
         if (mixture := source.truth()) is None:
             raise HoneError(f"noise-search.verifier: nobody knows the density of {source.describe()}; take nearest")
-        return lambda x, labels: mixture.to(x.double()).log_density(x.double(), 0.0, labels)
+        return lambda x, labels: mixture.to(x).log_density(x, 0.0, labels)
     known = source.collection("train")
     rows, classes = known.arrays.flatten(1).double(), known.labels
     if kind == "nearest":
-        return lambda x, labels: -nearest(x.flatten(1).double().cpu(), labels, rows, classes).to(x.device)
+        return lambda x, labels: -nearest(x.flatten(1), labels, rows, classes)
     if not source.classes:
         raise HoneError("noise-search.verifier: a classifier needs classes; set data.conditional: true")
     judge = linear_classifier(rows, classes)
 
     def verdict(x: Tensor, labels: Tensor | None) -> Tensor:
-        logs = judge(x.flatten(1).double().cpu())
+        logs = judge(x.flatten(1))
         best = logs.max(1).values
         if labels is None:
-            return best.to(x.device)
-        told = labels.cpu()
-        found = torch.where(told < 0, best, logs.gather(1, told.clamp(min=0)[:, None])[:, 0])  # -1 is any class
-        return found.to(x.device)
+            return best
+        return torch.where(labels < 0, best, logs.gather(1, labels.clamp(min=0)[:, None])[:, 0])  # -1 is any class
 
     return verdict
 
@@ -64,7 +73,7 @@ def nearest(x: Tensor, labels: Tensor | None, rows: Tensor, classes: Tensor) -> 
     """
     apart = torch.cdist(x, rows)
     if labels is not None:
-        other = (labels.cpu()[:, None] != classes) & (labels.cpu()[:, None] >= 0)
+        other = (labels[:, None] != classes) & (labels[:, None] >= 0)
         apart = apart.masked_fill(other, math.inf)
     return apart.min(dim=1).values
 
