@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from end_to_end.support import Outcome, hone, rows, weights, write_recipe
 from end_to_end.test_processes import ELASTIC, launched
+from hone.engine.sharding import shard
+from hone.errors import HoneError
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "ctm": {"name": "ctm", "teacher": "truth", "adversarial": 0.1, "begin": 0.5},
@@ -56,3 +59,9 @@ def test_two_processes_train_the_denoiser_of_one(top: Path, said: dict[str, list
     for mine, expected in steps:  # held-out losses are of other noise: processes draw it as they evaluate
         told = {key: mine[key] for key in expected if key not in ("seconds", "memory")}
         assert told == pytest.approx({key: expected[key] for key in told}, rel=ELASTIC, abs=ELASTIC)
+
+
+def test_denoisers_are_not_shared_among_processes() -> None:
+    model: Any = SimpleNamespace(medium="arrays")
+    with pytest.raises(HoneError, match="denoisers are trained whole on every process; set sharding: none"):
+        shard(model, SimpleNamespace(world=2))  # type: ignore[arg-type]

@@ -34,8 +34,10 @@ def shard(model: Any, cluster: Cluster) -> None:
         cluster: the processes.
 
     Raises:
-        HoneError: this torch is too old, or layers hold a tensor together.
+        HoneError: it is no language model, this torch is too old, or layers hold a tensor together.
     """
+    if model.medium != "text":
+        raise HoneError("sharding: denoisers are trained whole on every process; set sharding: none")
     check_apart(model)
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise HoneError(f"sharding: sums of gradients need a newer torch than {torch.__version__}; upgrade torch")
