@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
+from hone.engine.manifest import folder_hash
 from hone.errors import ModelError
 from hone.text import loading
 from hone.text.model import LanguageModel, shipped_base
@@ -367,3 +369,14 @@ def test_the_context_ends_where_rotary_embeddings_would_change_for_the_whole_row
     torch.testing.assert_close(fits, alone, rtol=0, atol=1e-5)
     assert (beyond - alone).abs().max() > 1e-3  # what the limit is for
     assert build("phi3", max_position_embeddings=64).context == 64
+
+
+def test_weights_are_hashed_once_and_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    whole = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or whole(file, name))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = folder_hash(tmp_path)
+    assert folder_hash(tmp_path) == first and len(read) == 1
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    assert folder_hash(tmp_path) != first and len(read) == 2

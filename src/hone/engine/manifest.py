@@ -65,10 +65,16 @@ def folder_hash(folder: Path) -> str | None:
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".json", ".jinja"):
+            seen = path.stat()
             total.update(path.name.encode())
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(_digest(path.resolve(), seen.st_size, seen.st_mtime_ns))
     return total.hexdigest()
+
+
+@cache  # a run asks for each of its sources and its manifest, and a large base takes many seconds
+def _digest(path: Path, size: int, changed: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 # Fields of a recipe that a manifest knows by content, or that say nothing about one stage.
