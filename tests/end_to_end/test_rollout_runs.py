@@ -21,6 +21,7 @@ from hone.data.phases import Asked, Phases
 from hone.data.rollouts import Rollouts
 from hone.data.sample import Message, Sample
 from hone.engine.progress import Display
+from hone.engine.summary import summary
 from hone.engine.use import eval_run
 from hone.errors import HoneError
 from hone.objectives.advantages import ADVANTAGE
@@ -84,6 +85,17 @@ def test_the_reward_rises_and_the_sampler_is_the_policy(tiny_model: Path, qa_fil
     shown = rows(tmp_path / "run" / "rollouts.jsonl")
     assert {"prompt", "answer", "reward", "vowels", "where", "phase"} <= shown[0].keys()
     assert "Reward of the model&#39;s own answers" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_rewards_that_tell_no_answers_apart_are_told(
+    tiny_model: Path, qa_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with heard(caplog):
+        result = roll(tiny_model, qa_file, tmp_path / "run", data={"rewards": "crowded"})
+    assert caplog.text.count("step 5: the gradient was exactly 0 in the last 5 steps") == 1
+    assert result["still_steps"] == 8
+    assert "the gradient was exactly 0 in 8 of these steps" in "\n".join(summary(result))
+    assert roll(tiny_model, qa_file, tmp_path / "other", steps=2)["still_steps"] == 0
 
 
 def test_prompts_without_room_for_an_answer_are_left_out(

@@ -277,6 +277,7 @@ def _combine(
         combined["model"] = str(folder.path / "model")
     for key in ("training_seconds", "setup_seconds"):
         combined[key] = round(sum(r[key] for r in results), 3)
+    combined["still_steps"] = sum(r.get("still_steps", 0) for r in results)  # older stages lack it
     combined["peak_memory"] = max(r["peak_memory"] for r in results)
     if cluster.main:
         folder.write("result.json", combined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from hone.engine.progress import Display
 from hone.engine.tracking import Trackers
 from hone.errors import HoneError, NumericError
 
+log = logging.getLogger("hone")
 SAVE_AFTER = 600.0  # seconds between checkpoints of a run that names no number of steps: what a kill may cost
+STILL = 5  # steps in a row without a gradient after which the run says so
 
 
 @contextlib.contextmanager
@@ -65,6 +68,8 @@ class Stage:
         self.start: list[float] | None = None  # rank of the evaluation before the first step
         self.saved = -1
         self.saved_at = time.monotonic()
+        self.still = 0  # latest steps in a row whose gradient was exactly 0
+        self.told_still = False
 
     def train(self) -> dict[str, Any]:
         """Train to the end, or to a stop; return the result."""
@@ -143,6 +148,7 @@ class Stage:
         if run.cluster.main:
             self.folder.append("metrics.jsonl", row)
             self.trackers.log(row, run.step)
+        self._look_for_a_gradient(row)
         speed = row["tokens"] / row["seconds"] if row["seconds"] else 0.0
         unit = "arrays" if run.model.medium == "arrays" else "tokens"
         self.display.update(run.step, f"loss {row.get('loss', float('nan')):.3f}  {speed:,.0f} {unit}/s")
@@ -152,6 +158,17 @@ class Stage:
             self._evaluate()
         if self._due():
             self._checkpoint()
+
+    def _look_for_a_gradient(self, row: dict[str, Any]) -> None:
+        """Say once when several steps in a row taught nothing: their loss may look like success."""
+        self.still = self.still + 1 if row.get("grad_norm") == 0 else 0
+        if self.still == STILL and not self.told_still:
+            self.told_still = True
+            log.warning(
+                "step %d: the gradient was exactly 0 in the last %d steps, so nothing was learned from them; where "
+                "answers are rewarded, all answers to a prompt earned the same: ask easier prompts, draw more answers, "
+                "or take a reward that tells them apart", self.run.step, STILL,
+            )  # fmt: skip
 
     def _due(self) -> bool:
         """Return whether the state is to be saved now; the main process's clock counts."""
@@ -228,12 +245,13 @@ class Stage:
     def _result(self) -> dict[str, Any]:
         run, path = self.run, self.folder.path
         clean = [{k: v for k, v in row.items() if k != "step"} for row in self.evaluations]
-        seconds = sum(row["seconds"] for row in self.folder.rows("metrics.jsonl"))
+        rows = list(self.folder.rows("metrics.jsonl"))
+        seconds = sum(row["seconds"] for row in rows)
         result = {
             "run": str(path), "status": "interrupted" if run.interrupted else "finished", "reason": run.stop,
             "steps": run.step, "tokens": run.tokens, "seconds": round(self.seconds, 2),
             "training_seconds": round(seconds, 2), "setup_seconds": round(self.bench.setup_seconds, 3),
-            "peak_memory": run.cluster.peak_memory(),
+            "peak_memory": run.cluster.peak_memory(), "still_steps": sum(row.get("grad_norm") == 0 for row in rows),
             "before": clean[0] if clean else {}, "after": clean[-1] if clean else {},
             "best_step": run.best[1] if run.best else None,
             "model": None if run.interrupted else str(path / "model"), "report": str(path / "report.html"),

@@ -11,6 +11,7 @@ from hone.engine.progress import clock
 from hone.figures import is_share
 
 SHOWN = 3  # answers that are printed
+STILL = 0.1  # share of steps without a gradient from which on they are told
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -24,6 +25,9 @@ def summary(result: dict[str, Any]) -> list[str]:
         f"{result['steps']} steps, {result['tokens']:,} {unit(result)}, {clock(result['training_seconds'])} of "
         f"training, peak memory {result['peak_memory'] / 2**20:,.0f} MiB"
     ]
+    still = result.get("still_steps", 0)  # runs of before do not say
+    if still and still >= STILL * result["steps"]:
+        lines.append(f"the gradient was exactly 0 in {still} of these steps: nothing was learned from them")
     if result["status"] == "interrupted":
         return [*lines, f"{result['reason']}; everything is saved. Go on with:  hone resume {path}"]
     lines += _answers(Path(path))
