@@ -6,7 +6,7 @@ import ast
 import re
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Entry:
         body: the docstring of a part, the file of a recipe.
         evidence: stored results of its claims.
         medium: what a part is for, "text" or "arrays".
+        draws: of an objective for arrays: what its models are drawn from with, where a recipe names no solvers.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Entry:
     body: str
     evidence: tuple[Evidence, ...]
     medium: str = "text"
+    draws: tuple[dict[str, Any], ...] = field(default=(), hash=False)
 
     @property
     def verdict(self) -> str | None:
@@ -71,6 +73,11 @@ class Entry:
     def mark(self) -> str:
         """The verdict as a table shows it."""
         return (self.verdict or "-") + (" (stale)" if self.stale else "")
+
+    @property
+    def drawn_by(self) -> str:
+        """How a recipe that names no solvers draws from what the objective trains; "" where nothing is special."""
+        return f"{_flow(list(self.draws))}, unless the recipe names solvers" if self.draws else ""
 
     @property
     def prose(self) -> str:
@@ -97,7 +104,7 @@ class Entry:
             return self.body.rstrip("\n")
         lines = [f"{self.kind} {self.name}", "", self.prose, ""]
         lines += [f"paper: {title} ({paper})" for title, paper in self.papers]
-        about = (("claim", self.claim), ("deviations", self.deviations))
+        about = (("claim", self.claim), ("deviations", self.deviations), ("solvers", self.drawn_by))
         lines += [f"{label}: {text}" for label, text in about if text]
         lines += ["options:"] if self.options else []
         for o in self.options:
@@ -196,7 +203,9 @@ def named(name: str, kind: str | None = None) -> list[Entry]:
 
 
 def _of_part(r: parts.Record, evidence: tuple[Evidence, ...]) -> Entry:
-    return Entry(r.kind, r.name, r.summary, r.papers, r.claim, r.deviations, r.options, r.doc, evidence, r.medium)
+    return Entry(
+        r.kind, r.name, r.summary, r.papers, r.claim, r.deviations, r.options, r.doc, evidence, r.medium, r.draws
+    )
 
 
 def _of_recipe(name: str, evidence: tuple[Evidence, ...]) -> Entry:

@@ -6,6 +6,7 @@ checked strictly: "8" is not 8, and 1 is not True. All problems are collected; n
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import typing
 from collections.abc import Mapping
@@ -258,6 +259,29 @@ def record_of(kind: str, spec: Any) -> parts.Record | None:
         return parts.find(kind, split_spec(kind, spec)[0])
     except HoneError:
         return None
+
+
+def drawn_by(objective: Any) -> list[Any]:
+    """Return the solvers that draw from what an objective trains; none for text, heun where it does not say.
+
+    Args:
+        objective: a checked specification.
+    """
+    record = record_of("objective", objective)
+    if record is None or record.medium != "arrays":
+        return []
+    given = split_spec("objective", objective)[1]
+    defaults = {option.name: option.default for option in record.options}
+
+    def value(text: Any) -> Any:
+        if not isinstance(text, str) or not text.startswith("objective."):
+            return text
+        _, name, *item = text.split(".")
+        found = given[name] if name in given else ast.literal_eval(defaults[name])
+        return found[int(item[0])] if item else found
+
+    made = [{key: value(text) for key, text in spec.items()} for spec in record.draws]
+    return [spec for index, spec in enumerate(made) if spec not in made[:index]] or ["heun"]
 
 
 def build_part(kind: str, spec: Any) -> Any:

@@ -11,11 +11,11 @@ import gc
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hone.errors import HoneError, nearest
 
@@ -63,6 +63,7 @@ class Record:
         path: source file.
         line: line of the class.
         medium: what it is for, "text" or "arrays".
+        draws: of an objective for arrays: the solvers of a recipe that names none, see `part`.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Record:
     path: str
     line: int
     medium: str = "text"
+    draws: tuple[dict[str, Any], ...] = field(default=(), hash=False)
 
     @property
     def summary(self) -> str:
@@ -91,6 +93,7 @@ def part(
     papers: list[tuple[str, str]] | str,
     claim: str = "",
     deviations: str = "",
+    draws: Sequence[dict[str, Any]] = (),
 ) -> Callable[[T], T]:
     """Register the decorated dataclass as the part `name` of `kind`. All arguments must be literals.
 
@@ -100,6 +103,9 @@ def part(
         papers: (exact title, identifier) pairs, or "original" for a method with no paper.
         claim: the paper's claim in one sentence, as the claim experiment tests it.
         deviations: how the code differs from the paper.
+        draws: of an objective whose models are to be drawn from in another way than a denoiser's: the solvers of a
+            recipe that names none. A value "objective.NAME" is the objective's option, "objective.NAME.-1" the last
+            item of it.
 
     Raises:
         TypeError: the class is not a keyword-only dataclass, or `kind` is unknown.
@@ -282,6 +288,7 @@ def _records(path: Path) -> Iterator[Record]:
             path=str(path),
             line=node.lineno,
             medium="arrays" if kind in ARRAYS_ONLY else _medium(node, path) or "text",
+            draws=tuple(given.get("draws", ())),
         )
 
 

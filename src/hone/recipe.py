@@ -53,7 +53,7 @@ class Recipe:
         callbacks: what happens beside the steps.
         sampler: how evaluation picks tokens.
         metrics: how evaluation judges generated answers.
-        solvers: how evaluation draws arrays from a denoiser, each in turn.
+        solvers: how evaluation draws arrays from a denoiser, each in turn; None takes what the objective trains for.
         distances: how evaluation compares the drawn arrays with held-out ones.
         steps: optimizer steps; exclusive with `epochs`. 0 trains nothing: the model is evaluated and saved as it is.
         epochs: passes over the data, may be fractional; exclusive with `steps`.
@@ -95,7 +95,7 @@ class Recipe:
     callbacks: list[Any] = field(default_factory=list)
     sampler: Any = "greedy"
     metrics: list[Any] = field(default_factory=lambda: ["accuracy"])
-    solvers: list[Any] = field(default_factory=lambda: ["heun"])
+    solvers: list[Any] | None = None
     distances: list[Any] = field(default_factory=lambda: ["energy"])
     steps: Annotated[int, Field(ge=0)] | None = None
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -191,7 +191,7 @@ class Recipe:
 
     def build(self, part_field: str) -> Any:
         """Build the part, or the list of parts, that a field names."""
-        value = getattr(self, part_field)
+        value = self.with_solvers().solvers if part_field == "solvers" else getattr(self, part_field)
         if part_field in LIST_FIELDS:
             return [opt.build_part(LIST_FIELDS[part_field], spec) for spec in value]
         return None if value is None else opt.build_part(PART_FIELDS[part_field], value)
@@ -199,7 +199,7 @@ class Recipe:
     def named(self) -> list[tuple[str, Any]]:
         """Return (kind, what the recipe says) of every part that it names; those of its stages are not among them."""
         single = [(kind, getattr(self, name)) for name, kind in PART_FIELDS.items()]
-        listed = [(kind, spec) for name, kind in LIST_FIELDS.items() for spec in getattr(self, name)]
+        listed = [(kind, spec) for name, kind in LIST_FIELDS.items() for spec in getattr(self, name) or ()]
         return [(kind, spec) for kind, spec in (*single, *listed) if spec is not None]
 
     def plain(self) -> dict[str, Any]:
@@ -215,15 +215,21 @@ class Recipe:
         return Recipe(**_replaced(self.plain(), answer))
 
     def staged(self) -> list[Recipe]:
-        """Return one recipe per stage, each with its overrides applied; the recipe itself when it has no stages."""
+        """Return one recipe per stage, each with its overrides applied; without stages the recipe. All name solvers."""
         if not self.stages:
-            return [self]
+            return [self.with_solvers()]
         top = self.plain()
         made = []
         for index, stage in enumerate(self.stages):
             merged = _merged(top, stage)
-            made.append(Recipe(**{"name": f"stage-{index + 1}", **merged, "stages": []}))
+            made.append(Recipe(**{"name": f"stage-{index + 1}", **merged, "stages": []}).with_solvers())
         return made
+
+    def with_solvers(self) -> Recipe:
+        """Return the recipe with what draws from its objective's models, where it names no solvers."""
+        if self.solvers is not None:
+            return self
+        return dataclasses.replace(self, solvers=opt.drawn_by(self.objective))
 
 
 def _replaced(value: Any, answer: Callable[[int], str]) -> Any:
@@ -471,6 +477,8 @@ def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str
             continue
         if name in PART_FIELDS and (value is not None or name not in DATA_FIELDS):
             problems += opt.check_part(PART_FIELDS[name], value, path, places)
+        if name == "solvers" and value is None:
+            continue
         if name in LIST_FIELDS and isinstance(value, list):
             problems += opt.check_nested(LIST_FIELDS[name], value, path, places)
         elif name in LIST_FIELDS:

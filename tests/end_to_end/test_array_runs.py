@@ -50,6 +50,20 @@ def test_a_run_is_evaluated_by_what_it_draws(tmp_path: Path) -> None:
     assert "hone sample" in page and "--prompt" not in page
 
 
+def test_a_recipe_without_solvers_draws_as_its_objective_trains(tmp_path: Path) -> None:
+    stages = [
+        {"name": "teacher"},
+        {"name": "student", "objective": {"name": "sfd", "teacher": "stage:1", "steps": 4, "finer": 1}},
+    ]
+    result = train(tmp_path / "staged", solvers=None, stages=stages)
+    assert "energy@35" in result["stages"][0]["after"] and "energy@3" in result["after"]  # its first step is free
+    drawn = train(tmp_path / "run", solvers=None, objective="ict")["after"]
+    assert {"energy@1", "energy@2"} <= drawn.keys() and len(drawn) == 3
+    wanted = [{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}]
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml").solvers == wanted  # also for a version that knows others
+    assert "30 arrays by multistep, 2 evaluations" in hone("sample", tmp_path / "run", "--samples", "30").out
+
+
 def test_what_is_drawn_later_is_what_evaluation_drew(tmp_path: Path) -> None:
     train(tmp_path / "run")
     shown = hone("sample", tmp_path / "run", "--samples", "30")

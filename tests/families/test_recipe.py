@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hone.errors import RecipeError
+from hone.parts import catalogue
 from hone.recipe import Recipe, dump, shipped
 
 GOOD = """\
@@ -129,6 +130,26 @@ def test_stages_override_the_top_level(tmp_path: Path) -> None:
     assert wrong == ["9: stages.1.adapter: there is no adapter called 'ful' (did you mean 'full'?)"]
     endless = problems(tmp_path, text.replace("steps: 5", "clip: 1.0"))
     assert any("stages.0" in line and "steps" in line for line in endless)
+
+
+DRAWN = [record.name for record in catalogue() if record.draws]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_an_objective_is_drawn_with_can_be_built(name: str) -> None:
+    recipe = Recipe(objective=name)
+    assert recipe.solvers is None and recipe.staged()[0].solvers
+    assert all(solver.steps >= 1 for solver in recipe.build("solvers"))
+
+
+def test_solvers_follow_the_options_of_the_objective() -> None:
+    assert Recipe(objective={"name": "progressive", "plan": [8, 4]}).build("solvers")[0].steps == 4
+    twice = Recipe(objective={"name": "sfd-v", "steps": 4, "most": 4, "lowest": 0.01}).build("solvers")
+    assert [(one.steps, one.lowest) for one in twice] == [(4, 0.01)]
+    assert (
+        Recipe(objective="denoise").staged()[0].solvers == ["heun"] and Recipe(objective="sft").build("solvers") == []
+    )
+    assert Recipe(objective="ict", solvers=[]).staged()[0].solvers == []
 
 
 @pytest.mark.parametrize("name", shipped())

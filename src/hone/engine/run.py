@@ -47,7 +47,7 @@ def run(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         def create() -> str:
             folder = RunFolder.create(recipe.out, recipe.name)
             held.callback(folder.release)
-            folder.write("recipe.yaml", dump(recipe))
+            folder.write("recipe.yaml", dump(recipe if recipe.stages else recipe.staged()[0]))
             return str(folder.path)
 
         folder = RunFolder(Path(cluster.from_main(cluster.on_main(create) or "")))

@@ -171,11 +171,11 @@ def _fence(text: str, language: str) -> list[str]:
 
 
 def _about(entry: Entry) -> list[str]:
-    """Return the papers, the claim and the deviations."""
+    """Return the papers, the claim, the deviations and what draws."""
     lines = []
     if entry.papers:
         lines += ["## Papers", "", *(f"- [{plain(title)}]({link(paper)})" for title, paper in entry.papers), ""]
-    for title, text in (("Claim", entry.claim), ("Deviations", entry.deviations)):
+    for title, text in (("Claim", entry.claim), ("Deviations", entry.deviations), ("Solvers", entry.drawn_by)):
         lines += [f"## {title}", "", plain(text), ""] if text else []
     return lines
 

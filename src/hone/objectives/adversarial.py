@@ -106,6 +106,7 @@ class Pool(Critic):
     "step and a hundredth renewed, judges them, than where the same heads judge always.",
     deviations="Noise levels within a part of the range are continuous. The sizes of pool and draw are ours, since the "
     "authors' code is not public; so is the loss, a hinge.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class NitroFusion(Contested):

@@ -292,6 +292,7 @@ class Follows:
     papers=[("Consistency Models", "arXiv:2303.01469")],
     claim="A consistency model that is trained without a teacher draws good samples in one or two steps.",
     deviations="Squared distance instead of LPIPS, which the paper's ablation has too.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ConsistencyTraining(Follows, Consistency):
@@ -341,6 +342,7 @@ class ConsistencyTraining(Follows, Consistency):
     claim="Consistency training without a running mean, with a pseudo-Huber distance, lognormal noise levels and a "
     "grid that doubles, draws better samples in one and in two steps than consistency training did.",
     deviations="Dropout is the network's own; the paper's networks use more of it than ours.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ImprovedConsistencyTraining(Consistency):
@@ -395,6 +397,7 @@ class ImprovedConsistencyTraining(Consistency):
     papers=[("Consistency Models Made Easy", "arXiv:2406.14548")],
     claim="A consistency model that is tuned from a diffusion model, its two noise levels drawing together, needs a "
     "fraction of the training that one from scratch does.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class EasyConsistencyTuning(Consistency):

@@ -75,6 +75,7 @@ class Distillation(Follows, Consistency):
     claim="A consistency model that is distilled from a diffusion model draws better samples in one and two steps than "
     "progressive distillation.",
     deviations="Squared distance instead of LPIPS. With drop_labels the teacher's step still sees the class.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ConsistencyDistillation(Distillation):
@@ -112,6 +113,7 @@ class ConsistencyDistillation(Distillation):
     deviations="Heun's step by the teacher instead of the paper's aDDIM, which gives DDIM's step back the variance "
     "that it loses. The target is a running mean, as in consistency distillation; with decay 0 it is the model itself, "
     "as in the paper. The grid does not grow finer in training.",
+    draws=[{"name": "ddim", "steps": "objective.steps", "schedule": "objective.schedule"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class MultistepDistillation(ConsistencyDistillation):

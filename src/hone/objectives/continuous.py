@@ -95,6 +95,7 @@ def tangent(
     claim="Continuous-time consistency models draw better samples in two steps than discrete-time ones.",
     deviations="Adaptive double normalisation and the positional time embedding belong to a network, and ours have "
     "their own.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ContinuousConsistency(ArrayObjective):
@@ -202,6 +203,7 @@ class ContinuousConsistency(ArrayObjective):
     "dense time embedding of the network are left out. The student and the critic learn from the same batch and pass, "
     "where the authors' alternate over steps; the critic sees no arrays with the text of others "
     "(`misaligned_pairs_D`). The guidance is one number, and not shown to the student.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class SanaSprint(Judged, ContinuousConsistency):

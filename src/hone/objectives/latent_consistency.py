@@ -48,6 +48,7 @@ def nearest_noise(arrays: Tensor, noise: Tensor) -> Tensor:
     deviations="The numbers are those of the code that the authors developed (quandao10/LCT), not of the paper's own "
     "repository, which holds none; its versions differ by a root of 2 in c. Normalisation without scale belongs to the "
     "network, and ours has it.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class RobustConsistencyTraining(ImprovedConsistencyTraining):

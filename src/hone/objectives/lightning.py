@@ -58,6 +58,7 @@ class StepCritic(Critic):
     deviations="From memory of the paper; there is no official training code. The discriminator goes on from student "
     "to student. Its heads stand on every layer that the network shows, the paper's on the middle. Squared steps are "
     "weighted by the truncated signal-to-noise ratio.",
+    draws=[{"name": "ddim", "steps": "objective.plan.-1", "schedule": "objective.schedule"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class Lightning(Watching, Progressive):

@@ -205,6 +205,7 @@ class Matching(Critics, Distilled):
     "than one without these two.",
     deviations="All steps of the fake score for one of the generator's see the same real arrays, with other noise. The "
     "discriminator judges the arrays that the scores compare, as NVIDIA's implementation does, and reads all layers.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class DMD2(Matching):
@@ -313,6 +314,7 @@ class Ratios(Matching):
     deviations="The means that r and h are divided by are running ones of the steps before, not those of the batch, so "
     "that micro-batches change nothing. The discriminator stands on the fake score's features, as in DMD2, not on the "
     "teacher's.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class FDistill(Ratios):

@@ -128,6 +128,7 @@ def skew_persuasion(fake: Tensor, share: Tensor) -> Tensor:
     "arrays that one network estimates.",
     deviations="The network of the mixtures' scores begins as a copy of the generator, unless a shape is named for it. "
     "The share of the mixture is shown to it by our own embedding.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ScoreOfMixtures(Critics):
@@ -228,6 +229,7 @@ class ScoreOfMixtures(Critics):
     claim="With a pretrained teacher, the score of the mixture is made of the teacher's, an online fake score and a "
     "discriminator that the same regression trains, and one-step samples are as good as those of other distillations.",
     deviations="The discriminator reads all layers of the fake score.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class MixtureDistillation(Matching):

@@ -43,6 +43,7 @@ def polynomial_mmd(left: Tensor, right: Tensor, degree: int = 3) -> Tensor:
     "better samples in those steps.",
     deviations="Features of Inception or CLIP are those of a small classifier, or the arrays themselves; the rational "
     "quadratic kernel is the default for small batches, the paper's cubic one an option.",
+    draws=[{"name": "ddim", "steps": "objective.steps", "schedule": "objective.schedule"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class MMDTuning(Drawing):

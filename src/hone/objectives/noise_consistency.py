@@ -54,6 +54,7 @@ CONTROLS: dict[str, Callable[[Tensor], Tensor]] = {"quadrant": quadrant, "amount
     claim="A one-step generator learns to obey a control without any data, and keeps drawing what it drew.",
     deviations="Checked against the paper's text, as the code could not be had; the control is a class that is "
     "computed from an array, and the adapter is whatever trains by the recipe.",
+    draws=[{"name": "multistep", "steps": 1}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class NoiseConsistency(ArrayObjective):

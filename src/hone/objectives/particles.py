@@ -45,6 +45,7 @@ class GuidedByClass:
     claim="Arrays that a diffusion model's score pulls, with strong guidance, become likely ones without any training "
     "of that model.",
     deviations="There is no renderer: a generator, or free arrays, stand in its place.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ScoreDistillation(GuidedByClass, Distilled):
@@ -97,6 +98,7 @@ def noise_free(
     "guidance instead of at a hundred.",
     deviations="There is no renderer: a generator, or free arrays, stand in its place. The unwanted prompt is a class "
     "of the data, or none. The noise level of time 200 of 1000 is Stable Diffusion's, in units of sigma_data.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class NoiseFree(Distilled):
@@ -166,6 +168,7 @@ class NoiseFree(Distilled):
     "and more diverse at the usual strength of guidance than those of score distillation.",
     deviations="There is no renderer: a generator, or free arrays, stand in its place. The fake score is a whole "
     "network instead of a low-rank adapter that sees the camera.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class Variational(GuidedByClass, Matching):

@@ -187,6 +187,7 @@ class Progressive(ArrayObjective):
     papers=[("Progressive Distillation for Fast Sampling of Diffusion Models", "arXiv:2202.00512")],
     claim="Halving the steps again and again takes a sampler from many steps to a few with little loss of quality.",
     deviations="One learning rate schedule for the whole run, where the authors anneal it anew for each student.",
+    draws=[{"name": "ddim", "steps": "objective.plan.-1", "schedule": "objective.schedule"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ProgressiveDistillation(Progressive):
@@ -264,6 +265,7 @@ def need_spatial(shape: tuple[int, ...], weight: float, option: str) -> None:
     deviations="Classes instead of texts, without durations and pitches. Steps are spaced by the cosine schedule, the "
     "authors' by a variance-preserving one of five levels. Their code trains the student by the absolute difference "
     "only; set ssim: 0 for that. SSIM is that of values in [-1, 1]; the authors' adds 6 to log energies.",
+    draws=[{"name": "ddim", "steps": "objective.plan.-1", "schedule": "objective.schedule"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ProDiff(Progressive):

@@ -92,6 +92,7 @@ def velocity_error(guess: Tensor, aim: Tensor, sigma: Tensor) -> Tensor:
     "few steps, even in one.",
     deviations="Squared distance in the distillation too, where the authors use LPIPS. Lines end where samples start, "
     "at sigma_max z, a hair before pure noise.",
+    draws=[{"name": "ddim", "steps": 1, "schedule": "flow"}, {"name": "ddim", "steps": 2, "schedule": "flow"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class Reflow(Paired):
@@ -141,6 +142,7 @@ class Reflow(Paired):
     ],
     claim="A small flow from fresh weights learns a straight flow better when its pairs become those of the teacher "
     "step by step.",
+    draws=[{"name": "ddim", "steps": 1, "schedule": "flow"}, {"name": "ddim", "steps": 2, "schedule": "flow"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class AnnealedReflow(Reflow):
@@ -182,6 +184,7 @@ class AnnealedReflow(Reflow):
     ],
     claim="A one-step student learns better from its teacher's pairs and two-step samples than from the pairs alone.",
     deviations="Squared distance, where the authors use LPIPS for images.",
+    draws=[{"name": "ddim", "steps": 1, "schedule": "flow"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class FlowGuided(Paired):
@@ -248,6 +251,7 @@ class FlowGuided(Paired):
     "step, with a small share of the parameters and of the training.",
     deviations="After the abstract and descriptions of the paper; no code of it was found. Squared distance instead of "
     "a perceptual one; the filter is a sharp one and edges are Sobel's.",
+    draws=[{"name": "multistep", "steps": 1}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class HighFrequency(Paired):

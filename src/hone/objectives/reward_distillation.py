@@ -78,6 +78,7 @@ def preference_divergence(expert: Tensor, proxy: Tensor) -> Tensor:
     "fresh weights where the authors' starts from a pretrained CLIP. With drop_labels the teacher's step still sees "
     "the class. The teacher's guidance is one number that the student is not shown; the authors draw w for each array "
     "from a range, lead by D + w (D - D(none)), and show the student an embedding of w.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class RewardGuidedDistillation(Rewarded, Distillation):

@@ -260,6 +260,7 @@ def clipped_gradient(logs: Tensor, old: Tensor, advantages: Tensor, clip: float)
     "the denoising loss by them.",
     deviations="The last step, which has no noise, is given a little; log-densities are summed over an array's numbers "
     "and over steps where the authors' code takes means, and the clipping range is PPO's.",
+    draws=[{"name": "ddim", "steps": "objective.steps", "schedule": "objective.schedule", "eta": 1.0}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class DDPO(PolicyGradient):
@@ -274,6 +275,7 @@ class DDPO(PolicyGradient):
     deviations="The last action has a little noise that the reward sees; the authors' code adds the last level's noise "
     "to it and judges the array without, so that this step learns nothing. Log-densities are summed over an array's "
     "numbers and over steps where the code takes means, and the clipping range is PPO's.",
+    draws=[{"name": "multistep", "steps": "objective.steps", "schedule": "objective.schedule"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class RLCM(PolicyGradient):
@@ -308,6 +310,7 @@ class RLCM(PolicyGradient):
     claim="Regressing the difference of two arrays' rewards on the difference of their log-likelihood ratios raises "
     "black-box rewards as policy gradients do, and stays stable where they do not.",
     deviations="The last step, which has no noise, is given a little.",
+    draws=[{"name": "ddim", "steps": "objective.steps", "schedule": "objective.schedule", "eta": 1.0}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class PRDP(Policy):

@@ -157,6 +157,7 @@ class RewardTuning(Rewarded, Drawing):
     "gradients do.",
     deviations="Activations of the chain are kept instead of recomputed; which weights train is the adapter's business "
     "(the paper trains LoRA).",
+    draws=[{"name": "ddim", "steps": "objective.steps", "schedule": "objective.schedule", "eta": 1.0}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class AlignProp(RewardTuning):

@@ -96,6 +96,10 @@ class Watched(Counted):
     "fast solvers do in as many steps.",
     deviations="The last step of the teacher's DPM-Solver++ keeps its order. The authors' second "
     "stage, for one evaluation, is not here.",
+    draws=[{
+        "name": "sfd", "steps": "objective.steps", "analytic": "objective.analytic", "lowest": "objective.lowest",
+        "rho": "objective.rho",
+    }],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class SimpleDistillation(ArrayObjective):
@@ -230,6 +234,16 @@ class SimpleDistillation(ArrayObjective):
     ],
     claim="One model that is shown its number of steps is as good at each of several as models for one number are.",
     deviations="As for sfd. The number of steps is shown as one more number beside the noise level.",
+    draws=[
+        {
+            "name": "sfd", "steps": "objective.steps", "analytic": "objective.analytic", "lowest": "objective.lowest",
+            "rho": "objective.rho",
+        },
+        {
+            "name": "sfd", "steps": "objective.most", "analytic": "objective.analytic", "lowest": "objective.lowest",
+            "rho": "objective.rho",
+        },
+    ],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class VariableDistillation(SimpleDistillation):

@@ -43,6 +43,7 @@ def alike(left: list[Tensor], right: list[Tensor]) -> Tensor:
     "by squared differences, without another network.",
     deviations="Classes instead of texts. The features are those that hone's networks show: all blocks of mlp and dit, "
     "the way down and the middle of unet. The loss-based control of the paper is not here.",
+    draws=[{"name": "gamma", "steps": 1}, {"name": "gamma", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class SoundTrajectory(ConsistencyTrajectory):

@@ -26,6 +26,7 @@ from hone.parts import part
     deviations="DDIM's stochastic step instead of SDE-DPM-Solver; heads on the teacher's features judge arrays instead "
     "of a discriminator with LoRA; the authors' code is not released, so that the pseudo-Huber distance and its "
     "constant are iCT's. With drop_labels the teacher's steps still see the class.",
+    draws=[{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class StochasticDistillation(Judged, Distillation):

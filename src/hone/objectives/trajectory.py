@@ -158,6 +158,7 @@ class Balance:
     deviations="Squared or pseudo-Huber distance instead of LPIPS. Trajectories end at 0 by a step of first order "
     "instead of at the smallest level. Adaptive weights are those of the step before. The discriminator judges noisy "
     "arrays by the frozen network of the teacher, where the authors' judges clean ones by image classifiers.",
+    draws=[{"name": "gamma", "steps": 1}, {"name": "gamma", "steps": 2}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class ConsistencyTrajectory(Watching, Follows, ArrayObjective):

@@ -61,6 +61,7 @@ def expanded(name: Divergence, drawn: Drawn, fake: Tensor, real: Tensor, ratio: 
     "discriminator learn at levels even in the karras schedule, where theirs are lognormal (-1.2, 1.2) and weigh the "
     "discriminator by 1 / c_out^2 / 2; the generator's levels begin at 0.02 instead of 0, and its two losses are "
     "balanced by `gan_weight` as in dmd2, where theirs has 0.01 against 100 over mean|y - D_p|.",
+    draws=[{"name": "multistep", "steps": "objective.student_steps"}],
 )  # fmt: skip
 @dataclass(kw_only=True)
 class UniInstruct(Ratios):
