@@ -290,20 +290,30 @@ def only_right_rewards_teach(scratch: Path) -> Trial:
 def clip_delta_cures_hacking(scratch: Path) -> Trial:
     """Clipped and differenced process rewards keep answers from growing, where raw ones are hacked by repetition.
 
-    Task: sums of two-digit numbers; a process reward pays every line with a true equation. PPO, 60 steps.
+    Task: sums of up to two digits; 30 supervised steps on worked answers, half of which take back two lines, so that
+    the model sometimes writes more lines than it needs; then 20 steps of PPO on 8 x 8 answers. Beside the right answer
+    a process reward pays every line with a true equation.
     """
-    adding = {**REVERSE, "skills": ["add"], "difficulty": 2}
+    sums = {**REVERSE, "skills": ["add"]}
+    taken_back = {"name": "traces", "of": {**sums, "seed": 1}, "backtracks": 2}
+    warm = {
+        "name": "warm-up", "data": {"name": "mix", "sources": [sums, taken_back]}, "objective": "sft", "steps": 30,
+        "optimizer": {"name": "adamw", "lr": 5e-4}, "batch_tokens": 2048, "eval_samples": 0,
+    }  # fmt: skip
 
     def side(label: str, refine: str) -> Side:
-        hackable = {"name": "hackable-process", "refine": refine, "threshold": 1.0, "weight": 0.2}
-        data = rolled(adding, rewards=["exact", hackable], max_new_tokens=96)
-        return Side(label=label, settings={"data": data, "objective": {"name": "ppo", "kl": 0.01}})
+        hackable = {"name": "hackable-process", "refine": refine, "threshold": 1.0}
+        data = rolled(sums, rewards=["exact", hackable], prompts=8, max_new_tokens=96)
+        return Side(label=label, settings={"stages": [warm, {"name": "rewarded", "data": data}]})
 
     return Trial(
-        recipe={**TASK, "max_new_tokens": 96}, baseline=side("raw process rewards", "none"),
-        method=side("clipped and differenced", "clip-delta"), seeds=3, metric="accuracy", figures=_lengths,
+        recipe={
+            **TASK, "objective": {"name": "ppo", "kl": 0.01}, "optimizer": {"name": "adamw", "lr": 3e-4}, "steps": 20,
+            "max_new_tokens": 96,
+        },
+        baseline=side("raw process rewards", "none"), method=side("clipped and differenced", "clip-delta"), seeds=3,
+        metric="accuracy", figures=_lengths, checks=(Check(metric="length", direction="lower", effect=5.0), BETTER),
         paper=("On Designing Effective RL Reward at Training Time for LLM Reasoning", "arXiv:2410.15115"),
-        checks=(Check(metric="length", direction="lower", effect=5.0), AS_WELL),
     )  # fmt: skip
 
 
@@ -311,7 +321,8 @@ def _lengths(run: Path) -> dict[str, float]:
     """Return the mean length in tokens of the answers of the last ten phases."""
     import json
 
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = sorted(run.rglob("metrics.jsonl"))[-1]  # of the last stage
+    rows = [json.loads(line) for line in last.read_text(encoding="utf-8").splitlines()]
     lengths = [row["rollout/length"] for row in rows if "rollout/length" in row][-10:]
     return {"length": sum(lengths) / len(lengths)}
 
