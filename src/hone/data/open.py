@@ -355,7 +355,10 @@ def _empty(source: Source) -> DataError:
         return DataError(f"{what} Check the path, and that holdout={source.holdout} leaves some for training")
     common = {f.name for f in fields(Source)}
     given = {f.name: getattr(source, f.name) for f in fields(source) if f.init and f.name not in common}
-    options = [f"{name}={value}" for name, value in given.items() if isinstance(value, (bool, int, float, str))]
+    options = [
+        f"{name}={value!r}" if isinstance(value, str) and value.split() != [value] else f"{name}={value}"
+        for name, value in given.items() if isinstance(value, (bool, int, float, str))
+    ]  # fmt: skip  # a separator that is a line end would end this line
     cut = "; an answer that does not end within max_new_tokens is left out" if "max_new_tokens" in given else ""
     return DataError(
         f"{what} There are samples to begin with, but nothing could be made of them. What is made depends on "
