@@ -78,17 +78,21 @@ def _mixed_media(raw: dict[str, Any], at: str) -> list[tuple[str, str, str]]:
     Parts without a right name are passed over: they have been complained about.
     """
     media = {}
-    for kind, default in (("objective", "sft"), ("model", "base"), ("data", None)):
-        spec = raw.get(kind, default)
+    fields = (("objective", "sft"), ("model", "base"), ("data", None), ("eval_data", None), ("general_data", None))
+    for field, default in fields:
+        spec, kind = raw.get(field, default), field.rpartition("_")[2]
         later = kind == "model" and at and spec == "base"  # what an earlier stage will have made
         if spec is not None and not later and (record := opt.record_of(kind, spec)):
-            media[kind] = record.medium
+            media[field] = record.medium
     wanted = media.pop("objective", None)
     hint = "for arrays: model: {name: denoiser}, data: points, digits, tones or images"
-    return [
+    found = [
         (name, f"is for {MEDIA[medium]}, but the objective learns {MEDIA[wanted]}", hint)
-        for name, medium in media.items() if wanted is not None and medium != wanted
+        for name, medium in media.items() if wanted is not None and medium != wanted and name != "general_data"
     ]  # fmt: skip
+    if "arrays" in (wanted, media.get("general_data")) and raw.get("general_data") is not None:
+        found.append(("general_data", "is text, whose loss a language model has; arrays show nothing of it", "drop it"))
+    return found
 
 
 def _unevaluated(raw: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -191,7 +191,7 @@ class Recipe:
 
     def build(self, part_field: str) -> Any:
         """Build the part, or the list of parts, that a field names."""
-        value = self.with_solvers().solvers if part_field == "solvers" else getattr(self, part_field)
+        value = getattr(self.with_solvers() if part_field == "solvers" else self, part_field)
         if part_field in LIST_FIELDS:
             return [opt.build_part(LIST_FIELDS[part_field], spec) for spec in value]
         return None if value is None else opt.build_part(PART_FIELDS[part_field], value)

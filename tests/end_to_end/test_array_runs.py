@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from end_to_end.comparisons import prepare, say
 from end_to_end.support import back_to, fields, files, heard, hone, repeatable, rows
 from hone import Recipe, resume, run
 from hone.data.arrays import Images, Points, Tones
@@ -62,6 +63,20 @@ def test_a_recipe_without_solvers_draws_as_its_objective_trains(tmp_path: Path) 
     wanted = [{"name": "multistep", "steps": 1}, {"name": "multistep", "steps": 2}]
     assert Recipe.load(tmp_path / "run" / "recipe.yaml").solvers == wanted  # also for a version that knows others
     assert "30 arrays by multistep, 2 evaluations" in hone("sample", tmp_path / "run", "--samples", "30").out
+
+
+def test_generators_are_compared_by_what_they_draw(tmp_path: Path) -> None:
+    made = {name: value for name, value in recipe(tmp_path).items() if name not in ("solvers", "out")}
+    mine = prepare(tmp_path, "mine", {**made, "steps": 2})
+    said = say(mine, tmp_path / "out", "--vary", "objective=ict,denoise", "--seeds", "1")
+    assert said.status == 0, said.err
+    assert "mine: energy@1 (lower is better)" in said.out and "their losses" not in said.err
+    assert "objective=denoise: finished with energy@35, without energy@1; to compare them give all" in said.out
+    assert "are drawn from with different solvers" in said.err
+    given = ("--seeds", "1", "--set", "solvers=[{name: multistep, steps: 2}, heun]")
+    said = say(mine, tmp_path / "again", "--vary", "objective=ict,denoise", *given)
+    assert said.status == 0 and "solvers" not in said.out + said.err
+    assert re.search("objective=denoise +[0-9.]+ ", said.out) and "energy@2 (lower" in said.out
 
 
 def test_what_is_drawn_later_is_what_evaluation_drew(tmp_path: Path) -> None:
@@ -262,11 +277,14 @@ def test_a_network_of_diffusers_trains(tmp_path: Path) -> None:
 
 
 def test_text_and_arrays_are_not_mixed(tmp_path: Path) -> None:
-    for changes, field in (({"model": "base"}, "model"), ({"data": "chains"}, "data")):
+    for field, value in (("model", "base"), ("data", "chains"), ("eval_data", "chains")):
         with pytest.raises(RecipeError, match=f"{field}: is for text, but the objective learns arrays"):
-            train(tmp_path / "run", **changes)
+            train(tmp_path / "run", **{field: value})
     with pytest.raises(RecipeError, match="data: is for arrays"):
         train(tmp_path / "run", model="base", objective="sft")
+    for changes in ({"general_data": "pydocs"}, {"model": "base", "objective": "sft", "general_data": "points"}):
+        with pytest.raises(RecipeError, match="general_data: is text, whose loss a language model has"):
+            train(tmp_path / "run", **changes)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

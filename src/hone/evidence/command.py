@@ -12,7 +12,7 @@ from hone.errors import HoneError
 from hone.evidence.budget import Budget
 from hone.evidence.claims.tasks import GENERAL
 from hone.evidence.compare import compare, table
-from hone.evidence.contest import Comparison
+from hone.evidence.contest import Comparison, draws
 from hone.evidence.layout import sampling
 from hone.evidence.pool import LocalPool, Pool
 from hone.evidence.variants import Settings, expand, read_settings
@@ -87,11 +87,19 @@ def run_comparison(request: Request) -> tuple[dict[str, Any], list[str]]:
     count = len(comparison.variants)
     display.say(f"{count} variant{'s' * (count > 1)}, {comparison.seeds} seed{'s' * (comparison.seeds > 1)}: {out}")
     differing = [v for v in comparison.variants if _own_loss(v.fields) != _own_loss(comparison.variants[0].fields)]
-    if differing and request.metric in ("", "loss"):
+    by_loss = request.metric == "loss" or (not request.metric and not draws(comparison.variants[0].recipe()))
+    if differing and by_loss:  # generators are ranked by the distance of what they draw
         display.say(
             "note: the variants differ in objective or data, so that their losses measure different things; rank by "
             "something else, e.g. --metric accuracy or general_loss", style="yellow",
         )  # fmt: skip
+    solvers = [variant.recipe().staged()[-1].solvers for variant in comparison.variants]
+    if any(one != solvers[0] for one in solvers) and "solvers" not in " ".join(request.vary):
+        display.say(
+            "note: the variants are drawn from with different solvers, and only figures after as many evaluations are "
+            "compared; to compare all, name some, e.g. --set 'solvers=[{name: multistep, steps: 1}, heun]'",
+            style="yellow",
+        )
     result = compare(comparison, out, pool=open_pool(request.on, request.jobs), display=display, retry=request.retry)
     lines = table(result)
     if result["status"] != "finished":
@@ -138,9 +146,9 @@ def _settings(texts: Sequence[str], flag: str) -> dict[str, list[Any]]:
 
 
 def _general(asked: str, recipe: Recipe) -> Settings:
-    """Return the field that says on which text forgetting is measured."""
+    """Return the field that says on which text forgetting is measured; a denoiser of arrays reads none."""
     if asked == "none":
         return {"general_data": None}
     if asked:
         return {"general_data": {**GENERAL, "name": asked} if asked == GENERAL["name"] else asked}
-    return {} if recipe.general_data is not None else {"general_data": dict(GENERAL)}
+    return {} if recipe.general_data is not None or draws(recipe) else {"general_data": dict(GENERAL)}

@@ -377,8 +377,9 @@ class Contest:
             hint = nearest(self.comparison.metric, names) or f"they have {', '.join(sorted(names))}"
             log.warning("--metric: the runs have no '%s' (%s)", self.comparison.metric, hint)
         recipe = self.entrants[0].variant.recipe()
-        if _draws(recipe):
-            return _fewest(recipe, names) or "loss"
+        if draws(recipe):
+            shared = names.intersection(*found)
+            return _fewest(recipe, shared) or _fewest(recipe, names) or "loss"
         coming = not names and recipe.eval_samples and "accuracy" in recipe.metrics  # nothing has been found yet
         answered = any(figures.get("accuracy") for figures in found)
         # Whole free answers are never given word for word: an accuracy of 0 everywhere ranks nothing.
@@ -407,7 +408,7 @@ def metric_names(recipe: Recipe) -> set[str]:
         recipe: a checked recipe.
     """
     last = recipe.staged()[-1]
-    if _draws(last):
+    if draws(last):
         return {"loss", *COSTS, *(f"{name}@n" for name in _distances(last) if last.eval_samples and last.solvers)}
     objective: Any = parts.load("objective", opt.split_spec("objective", last.objective)[0])
     answers = last.eval_samples and objective.generates
@@ -428,8 +429,12 @@ def _refuse_unknown(metric: str, names: set[str]) -> None:
         raise HoneError(f"--metric: the runs have no '{metric}' ({hint})")
 
 
-def _draws(recipe: Recipe) -> bool:
-    """Return whether a recipe trains what draws arrays."""
+def draws(recipe: Recipe) -> bool:
+    """Return whether a recipe trains what draws arrays.
+
+    Args:
+        recipe: a checked recipe.
+    """
     record = parts.find("objective", opt.split_spec("objective", recipe.staged()[-1].objective)[0])
     return record is not None and record.medium == "arrays"
 

@@ -51,10 +51,20 @@ def standings(result: Mapping[str, Any]) -> Standings:
         [row["label"], *(quantity(name, row["summary"].get(name, {}).get("mean")) for name in COSTS)]
         for row in measured
     ]
-    notes = [": ".join(filter(None, (r["label"], r["status"], short(r["reason"])))) for r in rows if r not in measured]
+    others = [row for row in rows if row not in measured]
+    notes = [": ".join(filter(None, (r["label"], _left(r, metric), short(r["reason"])))) for r in others]
     notes += [f"note: {row['label']}: {row['note']}" for row in rows if row["note"]]
     notes += [f"note: {row['label']}: {short(row['reason'])}" for row in measured if row["reason"]]
     return Standings(head, quality, cost, notes)
+
+
+def _left(row: Mapping[str, Any], metric: str) -> str:
+    """Return how a variant stands that has no figure to be ranked by."""
+    kind, at, _ = metric.partition("@")
+    own = [name for name in row["summary"] if at and name.startswith(f"{kind}@")]
+    if row["status"] != "finished" or not own:
+        return str(row["status"])
+    return f"finished with {' and '.join(own)}, without {metric}; to compare them give all the same solvers"
 
 
 def short(reason: str) -> str:

@@ -87,6 +87,10 @@ def convex_more_consistent(scratch: Path) -> Trial:
     """Rewordings of preferred answers make a reward model more consistent.
 
     Task: as for data contrast; the accuracy on contrasts.
+
+    Finding: on contrasts the reward model is right as often as chance (0.48, against 0.72 on held-out pairs of the
+    kind that it learned), with rewordings (0.47) as without. They say preferred answers in other words, where a
+    contrast asks whether an answer fits its prompt, which 40 steps do not teach a model of this size.
     """
     data = {"name": "convex-augmented", "of": REWARDS["data"]}
     return Trial(
@@ -101,6 +105,9 @@ def reward_fusion_more_consistent(scratch: Path) -> Trial:
     """Averaging a reward with those of similar training examples makes it more consistent.
 
     Task: as for data contrast; the accuracy on contrasts.
+
+    Finding: 0.49 of the contrasts against 0.48, over seeds -0.03 to +0.05: what is averaged is near chance for the
+    neighbours as well (see data convex-augmented).
     """
     return Trial(
         recipe=REWARDS, baseline=Side(label="reward model", settings={"objective": "reward-model"}),
@@ -125,6 +132,10 @@ def dmoerm_beats_one_model(scratch: Path) -> Trial:
     Task: rewards from pairs of right and damaged solutions, 30% of them turned round, mixed with pairs of worked and
     bare ones: 30 steps of one model and then 20 for each of two experts and for their aggregation, against 90 steps of
     one model; the accuracy on clean pairs of both kinds.
+
+    Finding: 0.815 of the clean pairs against 0.839 of one model in as many steps; seeds differ by 0.06. With 30% of
+    the labels turned round in one of two capabilities, 90 steps of all weights learn both, and experts of rank 8
+    that begin after 30 of them gain nothing on it.
     """
     mixed = {"name": "mix", "sources": [DAMAGED, SHORTER]}
     experts = [
