@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,11 +16,12 @@ import pytest
 
 from end_to_end.support import back_to, files, heard, hone, repeatable, rows, train, write_recipe
 from end_to_end.test_processes import launched
-from hone import resume
+from hone import Recipe, resume
 from hone.data.groups import Group, made_of, own_answer
 from hone.data.phases import Asked, Phases
 from hone.data.rollouts import Rollouts
 from hone.data.sample import Message, Sample
+from hone.engine.preflight import measure
 from hone.engine.progress import Display
 from hone.engine.summary import summary
 from hone.engine.use import eval_run
@@ -60,7 +62,13 @@ def crowded(prompt: str, text: str, sample: Any) -> float:
     return 1.0
 
 
-for function in (vowels, failing, sometimes, crowded):
+def slow(prompt: str, text: str, sample: Any) -> float:
+    """Return the share of vowels after some time."""
+    time.sleep(0.02)
+    return vowels(prompt, text, sample)
+
+
+for function in (vowels, failing, sometimes, crowded, slow):
     from_function(function.__name__, function)
 
 
@@ -96,6 +104,13 @@ def test_rewards_that_tell_no_answers_apart_are_told(
     assert result["still_steps"] == 8
     assert "the gradient was exactly 0 in 8 of these steps" in "\n".join(summary(result))
     assert roll(tiny_model, qa_file, tmp_path / "other", steps=2)["still_steps"] == 0
+
+
+def test_a_rehearsal_counts_the_time_of_sampling(tiny_model: Path, qa_file: Path) -> None:
+    data = {"name": "rollouts", "of": str(qa_file), "rewards": "slow", "prompts": 2, "samples_each": 4,
+            "max_new_tokens": 4}  # fmt: skip
+    recipe = Recipe.of(model=str(tiny_model), data=data, objective="grpo", steps=2, eval_samples=0)
+    assert measure(recipe, Display(False)).step_seconds > 2 * 4 * 0.02
 
 
 def test_prompts_without_room_for_an_answer_are_left_out(

@@ -33,7 +33,8 @@ class Rehearsal:
         parameters: of the model.
         trained: parameters that train.
         samples: three rendered samples, each a list of (text, trained).
-        longest_tokens: tokens in the longest batch that was run.
+        unit: what is counted below: "tokens", or "arrays".
+        longest_tokens: tokens, or arrays, in the longest batch that was run.
         setup_seconds: seconds that the adapter took to attach.
         step_seconds: seconds of a typical step.
         step_tokens: tokens of a typical step.
@@ -51,6 +52,7 @@ class Rehearsal:
     parameters: int
     trained: int
     samples: list[list[tuple[str, bool]]]
+    unit: str
     longest_tokens: int
     setup_seconds: float
     step_seconds: float
@@ -74,13 +76,13 @@ class Rehearsal:
             command: what starts the run.
         """
         return "\n".join([
-            f"longest batch: {self.longest_tokens:,} tokens, forward, backward, optimizer step: done",
+            f"longest batch: {self.longest_tokens:,} {self.unit}, forward, backward, optimizer step: done",
             f"checkpoint:    {self.checkpoint_bytes / 2**20:,.1f} MiB, saved and reloaded "
             f"in {self.checkpoint_seconds:.1f} s",
             f"peak memory:   {self.peak_memory / 2**20:,.0f} MiB",
             f"time:          {self.steps} steps of {self.step_seconds:.2f} s, "
             f"evaluations of {self.evaluation_seconds:.1f} s: about {clock(self.eta_seconds)}",
-            f"work:          {self.step_flops / 1e9:,.1f} GFLOP a step of {self.step_tokens:,.0f} tokens, "
+            f"work:          {self.step_flops / 1e9:,.1f} GFLOP a step of {self.step_tokens:,.0f} {self.unit}, "
             f"{self.step_flops / self.step_seconds / 1e9:,.1f} GFLOP/s",
             f"nothing was kept; start it with: {command}",
         ])  # fmt: skip
@@ -141,12 +143,13 @@ def _measure(bench: Bench, recipe: Recipe, display: Display, *, whole: bool) -> 
     for callback in run.callbacks:  # some choose what trains
         callback.on_start(run)
     trainer.train_step(longest)
+    began = time.perf_counter()  # with what the data take: on-policy steps sample most of their time
     rows = [trainer.train_step(trees) for trees in itertools.islice(run.loader, TYPICAL)]
+    step_seconds = (time.perf_counter() - began) / len(rows)
     checkpoint_seconds, size = _rehearse_save(bench) if whole else (0.0, 0)
     evaluation_seconds = _rehearse_evaluation(bench, display) if whole else 0.0
     peak, model = run.cluster.peak_memory(), describe_model(bench)
     step_tokens = _step_tokens(bench) or float(np.mean([row["tokens"] for row in rows]))
-    step_seconds = float(np.mean([row["seconds"] for row in rows]))
     trees = next(run.loader, longest)
     flops = step_tokens * count_flops(trainer, trees) / sum(len(tree) for tree in trees)
     evaluations = 2 + (run.total // recipe.eval_every if recipe.eval_every else 0)
@@ -154,7 +157,8 @@ def _measure(bench: Bench, recipe: Recipe, display: Display, *, whole: bool) -> 
     eta = run.total * step_seconds + evaluations * evaluation_seconds + saves * checkpoint_seconds + bench.setup_seconds
     return Rehearsal(
         device=run.cluster.describe(), data=bench.data.describe(), parameters=model["parameters"],
-        trained=model["trained"], samples=[], longest_tokens=sum(len(tree) for tree in longest),
+        trained=model["trained"], samples=[], unit="arrays" if run.model.medium == "arrays" else "tokens",
+        longest_tokens=sum(len(tree) for tree in longest),
         setup_seconds=bench.setup_seconds, step_seconds=step_seconds, step_tokens=step_tokens, step_flops=flops,
         checkpoint_seconds=checkpoint_seconds, checkpoint_bytes=size, evaluation_seconds=evaluation_seconds,
         peak_memory=peak, steps=run.total, eta_seconds=eta,
