@@ -150,9 +150,11 @@ def nested_kind(hint: Any) -> str | None:
 
 
 def _misshapen(hint: Any, kind: str, value: Any) -> str:
-    """Return what is wrong with one part where a list of them is expected, or the reverse."""
+    """Return what is wrong with one part where a list of them is expected, or the reverse, or none at all."""
     listed = get_origin(_bare(hint)) is list
     several = any(isinstance(mark, Nested) and mark.several for mark in get_args(hint)[1:])
+    if several and value == []:
+        return f"expected at least one {kind}; the list is empty"
     if listed and not isinstance(value, list):
         return f"expected a list, each item the name of a {kind} or a mapping with 'name' and options, got {value!r}"
     if isinstance(value, list) and not listed and not several:

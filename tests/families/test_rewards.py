@@ -216,6 +216,8 @@ def test_process_checks_what_is_inside_it() -> None:
     assert "r" in wrong(of="exacct")[0] and "did you mean 'exact'" in wrong(of="exacct")[0]
     assert "scale: group is for whole answers" in wrong(of={"name": "exact", "scale": "group"})[0]
     assert "the list is empty" in wrong(of=[])[0]
+    rollouts = {"name": "rollouts", "of": "chains", "rewards": []}
+    assert "at least one reward" in str(options.check_part("data", rollouts, "data", options.Places())[0])
 
 
 # Code
