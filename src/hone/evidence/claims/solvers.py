@@ -64,6 +64,20 @@ LOWER = Check(metric="energy@few", direction="lower")
 AS_NEAR = Check(metric="energy@few", direction="not higher", effect=0.01)
 
 
+@claim("solver", "sfd", "first-step-is-free")
+def sfd_first_step_is_free(scratch: Path) -> Trial:
+    """The first step of a sampler needs no network: five evaluations draw as near points as six at the same levels.
+
+    Task: eight Gaussians on a ring; six Euler steps, of which the first asks the network or not.
+    """
+    levels = {"steps": 6}
+    return _against(
+        with_solver("all evaluated", "sfd", **levels, analytic=False), with_solver("first analytic", "sfd", **levels),
+        ("Simple and Fast Distillation of Diffusion Models", "arXiv:2409.19681"), AS_NEAR,
+        Check(metric="evaluations", direction="lower"),
+    )  # fmt: skip
+
+
 @claim("solver", "ddim", "deterministic-beats-ancestral")
 def ddim_deterministic(scratch: Path) -> Trial:
     """Ten deterministic steps draw better points than ten ancestral ones.
