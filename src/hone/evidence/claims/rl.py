@@ -221,6 +221,8 @@ def dr_grpo_as_well(scratch: Path) -> Trial:
     """Without the divisions by the deviation and by each answer's length, accuracy is no lower than with GRPO.
 
     Task: as for GRPO. Answers have one form here, so that wrong ones have no room to grow.
+
+    Finding: 0.74 against 0.77; three seeds that differ by 0.1 do not show a margin of 0.05.
     """
     return Trial(
         recipe=TASK, baseline=GRPO, method=Side(label="Dr. GRPO", settings={"objective": "dr-grpo"}), seeds=3,
@@ -234,6 +236,9 @@ def dapo_beats_grpo(scratch: Path) -> Trial:
     """A higher upper clip, a mean over tokens and groups with a signal alone beat GRPO.
 
     Task: as for GRPO, with two optimizer steps a phase, so that ratios leave 1.
+
+    Finding: 0.66 against 0.57, higher for each of the three seeds (+0.13, +0.04, +0.12), which are too few for an
+    interval without 0.
     """
     two = {"steps": 60, "data": rolled(updates=2)}
     return Trial(

@@ -74,6 +74,12 @@ def lacie_calibrates_tone(scratch: Path) -> Trial:
 
     Task: the shipped model learns to end its answers with one of four tones, drawn blindly, in 40 steps; then 20 steps
     of DPO on pairs of its own answers. A wrong answer counts by how likely a listener accepts its tone.
+
+    Finding: wrong answers were accepted more (0.62 against 0.46 with truth alone), and right ones as much more
+    (0.61 against 0.44): the pairs moved the tone of all answers and told the model nothing of which are wrong. So
+    did problems of difficulty 1 to 3 (one seed each: 0.56 wrong and 0.72 right after 40 steps, 0.57 and 0.54 after
+    60 at a third of the rate on twice the problems). The paper's model of 7 billion parameters knows more of what
+    it knows.
     """
     toned = {
         "name": "tones", "objective": "sft", "data": {"name": "toned", "of": PROBLEMS}, "steps": 40, "eval_samples": 0,
@@ -138,6 +144,9 @@ def directed_steers_length(scratch: Path) -> Trial:
 
     Task: the shipped model learns worked and bare answers behind directions drawn blindly in 40 steps, then the best
     of eight sampled answers in the direction of each prompt in 30; the lines of answers to held-out problems.
+
+    Finding: 0.43 lines fewer (0.35 to 0.52): answers go where they are asked to go, by less than the 0.5 lines
+    expected here.
     """
     skills = {"skills": ["add", "subtract", "evaluate"], "difficulty": 1, "count": 160, "holdout": 60}
     worked = {"name": "chains", **skills}
