@@ -175,6 +175,8 @@ def rerank_beats_majority(scratch: Path) -> Trial:
 
     Task: the shipped model learns to solve in 10 steps, to judge its own solutions in 40, and to solve again in 10;
     held-out problems are answered by 8 samples at temperature 1.5, put to the vote.
+
+    Finding: 0.615 against 0.580, higher for four of five seeds; the interval still includes 0.
     """
     return Trial(
         recipe={

@@ -256,6 +256,9 @@ def gspo_as_well(scratch: Path) -> Trial:
     """One ratio for an answer, clipped as one, is as good as ratios of tokens where steps leave the policy.
 
     Task: as for DAPO.
+
+    Finding: 0.64 against 0.57 of GRPO, whose seeds differ by 0.2 where steps leave the policy; GSPO's by 0.03.
+    Three seeds do not show a margin of 0.05.
     """
     two = {"steps": 60, "data": rolled(updates=2)}
     return Trial(
