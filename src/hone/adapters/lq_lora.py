@@ -10,8 +10,8 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
-from scipy.sparse import coo_array  # type: ignore[import-untyped]
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
 from torch import Tensor, nn
 
 from hone.adapters.calibration import Calibration, mean_gradients, required

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
-from scipy.stats import kendalltau, rankdata, spearmanr  # type: ignore[import-untyped]
+from scipy.stats import kendalltau, rankdata, spearmanr
 
 from hone.data.sample import Sample
 from hone.data.sampled import ModelMade, model_content, prompt_text

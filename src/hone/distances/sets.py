@@ -99,7 +99,7 @@ class Wasserstein(Distance):
             generated: (N, d) float64.
             real: (M, d) float64.
         """
-        from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+        from scipy.optimize import linear_sum_assignment
 
         count = min(len(generated), len(real))
         costs = (torch.cdist(generated[:count], real[:count]) ** 2).numpy()

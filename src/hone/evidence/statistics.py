@@ -57,7 +57,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtr, stdtrit
 
 Array = NDArray[np.float64]
 Verdict = Literal["better", "worse", "no difference shown"]

@@ -98,7 +98,7 @@ class DMoERM(RewardModel):
         where = {"device": weight.device, "dtype": weight.dtype}
         names = self.categories
         for name in names:
-            loaded = [type(model).load(path, **where) for path in self.experts.get(name, [])]  # type: ignore[arg-type]
+            loaded = [type(model).load(path, **where) for path in self.experts.get(name, [])]
             if any(one.tokenizer.get_vocab() != model.tokenizer.get_vocab() for one in loaded):
                 raise HoneError(f"objective.experts.{name}: an expert has another tokenizer than the run's model")
             self._loaded[name] = [one.requires_grad_(False).eval() for one in loaded]

@@ -34,7 +34,7 @@ def nearest_noise(arrays: Tensor, noise: Tensor) -> Tensor:
         arrays: (N, *shape).
         noise: (N, *shape).
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     costs = torch.cdist(arrays.flatten(1).double(), noise.flatten(1).double()).square()
     return torch.from_numpy(linear_sum_assignment(costs.cpu().numpy())[1])

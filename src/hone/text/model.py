@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
             ModelError: the model or its tokenizer is missing, or is not a causal language model.
         """
         hf, tokenizer, adapter = read_pretrained(path, dtype, merge=merge)
-        hf.to(device)  # type: ignore[arg-type]
+        hf.to(device)
         made = cls(hf, tokenizer, template)
         made.adapter = adapter
         return made
