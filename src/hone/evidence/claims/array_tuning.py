@@ -60,6 +60,10 @@ def dit_more_computation(scratch: Path) -> Trial:
     """A transformer with more computation, by its width at the same depth and patches, draws better digits.
 
     Task: digits by their class, 1,000 steps of flow matching, states of 48 numbers against 16.
+
+    Finding: 71 against 143 of the squared distance, for each of five seeds. Smaller patches did not help pictures
+    of 8 x 8 pixels: after 2,500 steps of one seed those of 2 x 2 came to 11.0 and of 4 x 4 to 9.5, near the floor
+    of 6.6.
     """
 
     def side(width: int) -> Side:
