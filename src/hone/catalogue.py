@@ -75,7 +75,7 @@ class Entry:
         return (self.verdict or "-") + (" (stale)" if self.stale else "")
 
     @property
-    def drawn_by(self) -> str:
+    def usual_solvers(self) -> str:
         """How a recipe that names no solvers draws from what the objective trains; "" where nothing is special."""
         return f"{_flow(list(self.draws))}, unless the recipe names solvers" if self.draws else ""
 
@@ -104,7 +104,7 @@ class Entry:
             return self.body.rstrip("\n")
         lines = [f"{self.kind} {self.name}", "", self.prose, ""]
         lines += [f"paper: {title} ({paper})" for title, paper in self.papers]
-        about = (("claim", self.claim), ("deviations", self.deviations), ("solvers", self.drawn_by))
+        about = (("claim", self.claim), ("deviations", self.deviations), ("solvers", self.usual_solvers))
         lines += [f"{label}: {text}" for label, text in about if text]
         lines += ["options:"] if self.options else []
         for o in self.options:

@@ -263,7 +263,7 @@ def record_of(kind: str, spec: Any) -> parts.Record | None:
         return None
 
 
-def drawn_by(objective: Any) -> list[Any]:
+def usual_solvers(objective: Any) -> list[Any]:
     """Return the solvers that draw from what an objective trains; none for text, heun where it does not say.
 
     Args:

@@ -26,7 +26,8 @@ PART_FIELDS = {
     "model": "model", "data": "data", "eval_data": "data", "general_data": "data", "adapter": "adapter",
     "objective": "objective", "optimizer": "optimizer", "schedule": "schedule", "sampler": "sampler",
 }  # fmt: skip
-DATA_FIELDS = ("data", "eval_data", "general_data")  # those that may be left open
+DATA_FIELDS = ("data", "eval_data", "general_data")
+OPEN_FIELDS = (*DATA_FIELDS, "solvers")  # those that may be left open
 LIST_FIELDS = {
     "penalties": "penalty", "callbacks": "callback", "metrics": "metric", "solvers": "solver", "distances": "distance",
 }  # fmt: skip
@@ -216,20 +217,17 @@ class Recipe:
 
     def staged(self) -> list[Recipe]:
         """Return one recipe per stage, each with its overrides applied; without stages the recipe. All name solvers."""
-        if not self.stages:
-            return [self.with_solvers()]
-        top = self.plain()
-        made = []
+        top, made = self.plain(), [] if self.stages else [self]
         for index, stage in enumerate(self.stages):
             merged = _merged(top, stage)
-            made.append(Recipe(**{"name": f"stage-{index + 1}", **merged, "stages": []}).with_solvers())
-        return made
+            made.append(Recipe(**{"name": f"stage-{index + 1}", **merged, "stages": []}))
+        return [stage.with_solvers() for stage in made]
 
     def with_solvers(self) -> Recipe:
         """Return the recipe with what draws from its objective's models, where it names no solvers."""
         if self.solvers is not None:
             return self
-        return dataclasses.replace(self, solvers=opt.drawn_by(self.objective))
+        return dataclasses.replace(self, solvers=opt.usual_solvers(self.objective))
 
 
 def _replaced(value: Any, answer: Callable[[int], str]) -> Any:
@@ -475,10 +473,10 @@ def _check_level(raw: dict[str, Any], at: str, places: opt.Places, only: set[str
         path = f"{at}.{name}".lstrip(".")
         if only is not None and name not in only:
             continue
-        if name in PART_FIELDS and (value is not None or name not in DATA_FIELDS):
-            problems += opt.check_part(PART_FIELDS[name], value, path, places)
-        if name == "solvers" and value is None:
+        if value is None and name in OPEN_FIELDS:
             continue
+        if name in PART_FIELDS:
+            problems += opt.check_part(PART_FIELDS[name], value, path, places)
         if name in LIST_FIELDS and isinstance(value, list):
             problems += opt.check_nested(LIST_FIELDS[name], value, path, places)
         elif name in LIST_FIELDS:

@@ -122,6 +122,11 @@ class Run:
         return self.players["model"].params
 
     @property
+    def unit(self) -> str:
+        """What is counted: "tokens", or "arrays"."""
+        return "arrays" if self.model.medium == "arrays" else "tokens"
+
+    @property
     def interrupted(self) -> bool:
         """Whether the run stops before its end, to go on another time."""
         return self.stop.startswith(INTERRUPTED)

@@ -157,8 +157,7 @@ def _measure(bench: Bench, recipe: Recipe, display: Display, *, whole: bool) -> 
     eta = run.total * step_seconds + evaluations * evaluation_seconds + saves * checkpoint_seconds + bench.setup_seconds
     return Rehearsal(
         device=run.cluster.describe(), data=bench.data.describe(), parameters=model["parameters"],
-        trained=model["trained"], samples=[], unit="arrays" if run.model.medium == "arrays" else "tokens",
-        longest_tokens=sum(len(tree) for tree in longest),
+        trained=model["trained"], samples=[], unit=run.unit, longest_tokens=sum(len(tree) for tree in longest),
         setup_seconds=bench.setup_seconds, step_seconds=step_seconds, step_tokens=step_tokens, step_flops=flops,
         checkpoint_seconds=checkpoint_seconds, checkpoint_bytes=size, evaluation_seconds=evaluation_seconds,
         peak_memory=peak, steps=run.total, eta_seconds=eta,

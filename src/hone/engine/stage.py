@@ -150,8 +150,7 @@ class Stage:
             self.trackers.log(row, run.step)
         self._look_for_a_gradient(row)
         speed = row["tokens"] / row["seconds"] if row["seconds"] else 0.0
-        unit = "arrays" if run.model.medium == "arrays" else "tokens"
-        self.display.update(run.step, f"loss {row.get('loss', float('nan')):.3f}  {speed:,.0f} {unit}/s")
+        self.display.update(run.step, f"loss {row.get('loss', float('nan')):.3f}  {speed:,.0f} {run.unit}/s")
         last = run.step == run.total  # evaluated in the end anyway, but here as one of those to choose from
         choosing = recipe.final == "best" or any(callback.chooses for callback in run.callbacks)
         if recipe.eval_every and (choosing if last else run.step % recipe.eval_every == 0):

@@ -11,7 +11,7 @@ from hone.engine.progress import clock
 from hone.figures import is_share
 
 SHOWN = 3  # answers that are printed
-STILL = 0.1  # share of steps without a gradient from which on they are told
+STILL_SHARE = 0.1  # share of steps without a gradient from which on they are told
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -26,7 +26,7 @@ def summary(result: dict[str, Any]) -> list[str]:
         f"training, peak memory {result['peak_memory'] / 2**20:,.0f} MiB"
     ]
     still = result.get("still_steps", 0)  # runs of before do not say
-    if still and still >= STILL * result["steps"]:
+    if still and still >= STILL_SHARE * result["steps"]:
         lines.append(f"the gradient was exactly 0 in {still} of these steps: nothing was learned from them")
     if result["status"] == "interrupted":
         return [*lines, f"{result['reason']}; everything is saved. Go on with:  hone resume {path}"]

@@ -12,7 +12,7 @@ from hone.errors import HoneError
 from hone.evidence.budget import Budget
 from hone.evidence.claims.tasks import GENERAL
 from hone.evidence.compare import compare, table
-from hone.evidence.contest import Comparison, draws
+from hone.evidence.contest import Comparison, draws_arrays
 from hone.evidence.layout import sampling
 from hone.evidence.pool import LocalPool, Pool
 from hone.evidence.variants import Settings, expand, read_settings
@@ -87,7 +87,7 @@ def run_comparison(request: Request) -> tuple[dict[str, Any], list[str]]:
     count = len(comparison.variants)
     display.say(f"{count} variant{'s' * (count > 1)}, {comparison.seeds} seed{'s' * (comparison.seeds > 1)}: {out}")
     differing = [v for v in comparison.variants if _own_loss(v.fields) != _own_loss(comparison.variants[0].fields)]
-    by_loss = request.metric == "loss" or (not request.metric and not draws(comparison.variants[0].recipe()))
+    by_loss = request.metric == "loss" or (not request.metric and not draws_arrays(comparison.variants[0].recipe()))
     if differing and by_loss:  # generators are ranked by the distance of what they draw
         display.say(
             "note: the variants differ in objective or data, so that their losses measure different things; rank by "
@@ -151,4 +151,4 @@ def _general(asked: str, recipe: Recipe) -> Settings:
         return {"general_data": None}
     if asked:
         return {"general_data": {**GENERAL, "name": asked} if asked == GENERAL["name"] else asked}
-    return {} if recipe.general_data is not None or draws(recipe) else {"general_data": dict(GENERAL)}
+    return {} if recipe.general_data is not None or draws_arrays(recipe) else {"general_data": dict(GENERAL)}

@@ -377,7 +377,7 @@ class Contest:
             hint = nearest(self.comparison.metric, names) or f"they have {', '.join(sorted(names))}"
             log.warning("--metric: the runs have no '%s' (%s)", self.comparison.metric, hint)
         recipe = self.entrants[0].variant.recipe()
-        if draws(recipe):
+        if draws_arrays(recipe):
             shared = names.intersection(*found)
             return _fewest(recipe, shared) or _fewest(recipe, names) or "loss"
         coming = not names and recipe.eval_samples and "accuracy" in recipe.metrics  # nothing has been found yet
@@ -408,7 +408,7 @@ def metric_names(recipe: Recipe) -> set[str]:
         recipe: a checked recipe.
     """
     last = recipe.staged()[-1]
-    if draws(last):
+    if draws_arrays(last):
         return {"loss", *COSTS, *(f"{name}@n" for name in _distances(last) if last.eval_samples and last.solvers)}
     objective: Any = parts.load("objective", opt.split_spec("objective", last.objective)[0])
     answers = last.eval_samples and objective.generates
@@ -429,13 +429,13 @@ def _refuse_unknown(metric: str, names: set[str]) -> None:
         raise HoneError(f"--metric: the runs have no '{metric}' ({hint})")
 
 
-def draws(recipe: Recipe) -> bool:
+def draws_arrays(recipe: Recipe) -> bool:
     """Return whether a recipe trains what draws arrays.
 
     Args:
         recipe: a checked recipe.
     """
-    record = parts.find("objective", opt.split_spec("objective", recipe.staged()[-1].objective)[0])
+    record = opt.record_of("objective", recipe.staged()[-1].objective)
     return record is not None and record.medium == "arrays"
 
 

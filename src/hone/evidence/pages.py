@@ -175,7 +175,7 @@ def _about(entry: Entry) -> list[str]:
     lines = []
     if entry.papers:
         lines += ["## Papers", "", *(f"- [{plain(title)}]({link(paper)})" for title, paper in entry.papers), ""]
-    for title, text in (("Claim", entry.claim), ("Deviations", entry.deviations), ("Solvers", entry.drawn_by)):
+    for title, text in (("Claim", entry.claim), ("Deviations", entry.deviations), ("Solvers", entry.usual_solvers)):
         lines += [f"## {title}", "", plain(text), ""] if text else []
     return lines
 
