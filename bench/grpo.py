@@ -5,7 +5,11 @@
 Model: a 6-layer Llama, width 384, vocabulary 8192, 16.9M parameters, float32. A step samples 8 answers of 64 tokens to
 each of 2 random prompts of 256, scores them, computes the reference's log-probabilities (a frozen copy, kl 0.04), and
 trains all weights once. Sides: `trl` (GRPOTrainer), `hone`, `unshared` (hone with the prompt written out for each
-answer in training), `generate` (hone's generation alone) and `transformers` (its `generate` on the same prompts).
+answer in training), `generate` (hone's generation alone), `transformers` (its `generate` on the same prompts) and
+`products` (the bare products with the model's weights that the whole takes, each in the faster of its two forms:
+prefill and decode steps; then reference, forward and backward pass of training). What `products` leaves of TRL's and of
+transformers' time is the most that any program of the same products reaches: attention, norms, sampling, the optimizer
+and Python would all have to be free.
 """
 
 from __future__ import annotations
@@ -209,6 +213,57 @@ def transformers_side(steps: int) -> dict[str, float]:
     return _figures(seconds[WARM:])
 
 
+def products_side(steps: int) -> dict[str, float]:
+    """Multiply as generation and training do with every weight matrix of the model, and do nothing else."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    layers = [m.weight.detach() for m in LlamaForCausalLM(model_config()).modules() if isinstance(m, torch.nn.Linear)]
+    few, prompts, all_ = PROMPTS * SAMPLES, PROMPTS * PROMPT, PROMPTS * (PROMPT + SAMPLES * ANSWER)
+    rows = {n: {w.shape[1]: torch.randn(n, w.shape[1]) for w in layers} for n in (few, prompts, all_)}
+    gradients = {w.shape[0]: torch.randn(all_, w.shape[0]) for w in layers}
+    turned = {width: x.t().contiguous() for width, x in rows[few].items()}
+    forms = {w.shape: _faster(w, rows[few][w.shape[1]], turned[w.shape[1]]) for w in layers}
+    generating, training = [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        for w in layers[:-1]:  # the head sees the last token of a prompt alone
+            torch.mm(rows[prompts][w.shape[1]], w.t())
+        for _ in range(ANSWER - 1):
+            for w in layers:
+                x = turned if forms[w.shape] else rows[few]
+                torch.mm(w, x[w.shape[1]]) if forms[w.shape] else torch.mm(x[w.shape[1]], w.t())
+        generated = time.perf_counter()
+        for w in layers:
+            x, g = rows[all_][w.shape[1]], gradients[w.shape[0]]
+            torch.mm(x, w.t())  # of the reference
+            torch.mm(x, w.t())
+            torch.mm(g, w)
+            torch.mm(g.t(), x)
+        generating.append(generated - began)
+        training.append(time.perf_counter() - generated)
+    return {
+        "seconds_per_step": statistics.median(generating[WARM:]) + statistics.median(training[WARM:]),
+        "generation_seconds": statistics.median(generating[WARM:]),
+    }  # fmt: skip
+
+
+def _faster(w: Any, x: Any, turned: Any) -> bool:
+    """Return whether W x^T takes less time than x W^T."""
+    import torch
+
+    took = []
+    for product in (lambda: torch.mm(x, w.t()), lambda: torch.mm(w, turned)):
+        seconds = []
+        for _ in range(20):
+            began = time.perf_counter()
+            product()
+            seconds.append(time.perf_counter() - began)
+        took.append(statistics.median(seconds))
+    return took[1] < took[0]
+
+
 def _figures(seconds: list[float]) -> dict[str, float]:
     from side_by_side import whole_peak
 
@@ -219,19 +274,21 @@ def _figures(seconds: list[float]) -> dict[str, float]:
 
 SIDES = {
     "trl": trl_side, "hone": hone_side, "unshared": unshared_side, "generate": generate_side,
-    "transformers": transformers_side,
+    "transformers": transformers_side, "products": products_side,
 }  # fmt: skip
 
 
 def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """Return what the sides' figures come to."""
-    trl, hone, unshared, own, other = (found[side] for side in SIDES)
+    trl, hone, unshared, own, other, products = (found[side] for side in SIDES)
     gain, possible = unshared["training_seconds"] / hone["training_seconds"], unshared["flops"] / hone["flops"]
     return {
         "speed_ratio": trl["seconds_per_step"] / hone["seconds_per_step"],
         "memory_ratio": hone["peak_mib"] / trl["peak_mib"],
         "generation_ratio": other["seconds_per_step"] / own["seconds_per_step"],
         "sharing_gain": gain, "flop_ratio": possible, "share_of_flop_ratio": gain / possible,
+        "most_speed_ratio": trl["seconds_per_step"] / products["seconds_per_step"],
+        "most_generation_ratio": other["seconds_per_step"] / products["generation_seconds"],
     }  # fmt: skip
 
 
