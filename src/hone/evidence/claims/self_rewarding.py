@@ -115,6 +115,9 @@ def refined_selected(scratch: Path) -> Trial:
     Task: the shipped model learns to refine its own answers to 1,600 problems by feedback in 180 steps, beside plain
     problems, after which a quarter of its refinements of wrong answers are right; then 25 steps of fine-tuning on
     refinements of its answers, at temperature 1.5, to 320 others. Held-out problems are answered at temperature 1.
+
+    Finding: 0.472 against 0.443 over five seeds: four of the five are higher, but the interval of the difference,
+    -0.04 to 0.09, is too wide for a gain of this size.
     """
     problems = {"name": "chains", "skills": ["easy"], "difficulty": 1, "holdout": 120}
     drawn = {"temperature": 1.5, "max_new_tokens": 48}
