@@ -220,6 +220,15 @@ def test_steps_end_with_the_separator_and_join_to_the_answer(model: LanguageMode
     assert list(itertools.chain(*steps)) == list(ids) and cut_steps([], ends) == []
 
 
+def test_a_token_that_ends_an_answer_ends_it_where_it_ends_steps_too(model: LanguageModel) -> None:
+    steps = problem(model)
+    steps.ends = [*steps.ends, *steps.stop]  # as with the separator "<|end|>", for which an answer is one step
+    moves = [move for group in steps.expand(steps.roots()) for move in group]
+    ended = [move for move in moves if move.state.stop in steps.stop]
+    assert ended and all(move.finished and not set(move.state.step) & set(steps.stop) for move in ended)
+    assert not any(set(move.state.step) & set(steps.stop) for move in moves)
+
+
 def test_continuations_are_steps_whose_prior_is_the_mean_probability_of_a_token(model: LanguageModel) -> None:
     steps = problem(model)
     roots = steps.roots()

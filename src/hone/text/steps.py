@@ -153,7 +153,7 @@ class Steps:
     def _move(self, state: Prefix, one: Generation) -> Move[Prefix]:
         """Return an answer continued by what was drawn."""
         ids, logprobs = one.trajectory()
-        ended = one.stopped and one.stop_token not in self.ends
+        ended = one.stopped and one.stop_token in self.stop  # it may end a step as well
         fits = len(state.tokens) + len(ids) <= self.max_new_tokens  # states of one call have different room
         step = tuple(ids.tolist()[:-1] if ended else ids.tolist())
         grown = Prefix(state.question, state.tokens, step, logprobs=(*state.logprobs, *logprobs.tolist()))

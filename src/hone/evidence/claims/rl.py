@@ -204,7 +204,7 @@ def sasr_beats_grpo(scratch: Path) -> Trial:
     """
     data = rolled(HARDER, max_new_tokens=64)
     return Trial(
-        recipe=TASK, baseline=Side(label="GRPO", settings={"data": data}), seeds=3, metric="accuracy",
+        recipe=TASK, baseline=Side(label="GRPO", settings={"data": data}), seeds=5, metric="accuracy",
         method=Side(label="SASR", settings={
             "data": {**data, "samples_each": 7, "demonstrations": 1}, "objective": "sasr",
         }), checks=(BETTER,),
