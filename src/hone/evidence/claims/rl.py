@@ -340,6 +340,10 @@ def rif_rft_forgets_less(scratch: Path) -> Trial:
     """Learning from rewards of solvable prompts forgets less than fine-tuning on worked answers, at a like accuracy.
 
     Task: as for GRPO; fine-tuning takes as many steps on the data's own answers.
+
+    Finding: Neither side forgets: the loss on other text changes by less than 0.002 nats on both, since reversing
+    is of a kind with what the model knows. Accuracy is higher with rewards (0.75 against 0.64), which is not what
+    the check asks.
     """
     sft = {"data": REVERSE, "objective": "sft", "batch_tokens": 2048, "steps": 20}
     return Trial(
