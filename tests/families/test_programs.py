@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from hone.data.sample import Sample
+from hone.data.sample import Message, Sample
+from hone.errors import DataError
 from hone.rewards import sandbox
 from hone.rewards.base import Attempt
 from hone.rewards.code import Code
@@ -55,3 +56,21 @@ def test_long_inputs_are_read_from_sys() -> None:
 def test_only_so_much_is_printed(body: str) -> None:
     ran = sandbox.run(body, [{"input": ""}], sandbox.Limits(seconds=2, wall=10))
     assert "Error" in ran.results[0]["error"] and not ran.ended
+
+
+HEAD = 'def double(x):\n    """Return twice x."""\n'
+
+
+@pytest.mark.parametrize(("answer", "right"), [("    return 2 * x\n", 1), ("    return x\n", 0)])
+def test_an_answer_goes_on_with_the_head_of_a_function(answer: str, right: float) -> None:
+    sample = Sample(kind="prompt", prompt=HEAD, extra={"tests": ["assert double(4) == 8"]}, where="here:1")
+    assert Code(prompted=True).score([Attempt(sample, answer)], None) == [right]  # type: ignore[arg-type]
+    assert Code().score([Attempt(sample, answer)], None) == [0]  # type: ignore[arg-type]
+    assert Code().score([Attempt(sample, HEAD + answer)], None) == [right]  # type: ignore[arg-type]
+
+
+def test_a_conversation_is_no_head_of_a_function() -> None:
+    asked = (Message("user", "double x"),)
+    sample = Sample(kind="prompt", prompt=asked, extra={"tests": ["assert double(4) == 8"]}, where="here:1")
+    with pytest.raises(DataError, match=r"here:1.*conversation"):
+        Code(prompted=True).score([Attempt(sample, "    return 2 * x")], None)  # type: ignore[arg-type]

@@ -200,6 +200,8 @@ class Executed(Reward):
         memory: what a program may use beside the interpreter, in MiB.
         tolerance: relative difference that counts as equal between numbers that are not whole, but in assertions.
         workers: answers that run at once; 0 takes as many as there are processors.
+        prompted: whether an answer goes on with its prompt, such as a function's head and docstring, so that what runs
+            is the prompt with the answer behind it.
     """
 
     tests: str = "tests"
@@ -208,6 +210,7 @@ class Executed(Reward):
     memory: Annotated[int, Field(ge=16)] = 256
     tolerance: NotNegative = 1e-6
     workers: Annotated[int, Field(ge=0)] = 0
+    prompted: bool = False
 
     def setup(self, run: Any) -> None:
         """Prove that programs are shut in here, before any is run.
@@ -219,6 +222,25 @@ class Executed(Reward):
             HoneError: they are not.
         """
         sandbox.prove()
+
+    def program(self, attempt: Attempt) -> str:
+        """Return the code that an attempt comes to.
+
+        Args:
+            attempt: the answer.
+
+        Raises:
+            DataError: it shall go on with a prompt that is a conversation.
+        """
+        code, prompt = code_in(attempt.whole), attempt.sample.prompt
+        if not self.prompted:
+            return code
+        if not isinstance(prompt, str):
+            raise DataError(
+                f"{attempt.sample.where}: a conversation is no beginning of a program; leave out prompted, or give "
+                "prompts as plain text"
+            )
+        return prompt + code
 
     def longest(self, answers: int) -> float:
         """Return how many seconds programs take that all wait until they are ended.
@@ -267,7 +289,8 @@ class Code(Executed):
 
     r = share of tests passed; all: 1 where every test is passed, else 0
 
-    The code is the last fenced block of an answer, or all of it. See `hone.rewards.sandbox` for what is kept from it.
+    The code is the last fenced block of an answer, or all of it, behind its prompt where `prompted`. See
+    `hone.rewards.sandbox` for what is kept from it.
 
     Args:
         worth: "share" or "all".
@@ -286,7 +309,7 @@ class Code(Executed):
             DataError: a sample has no tests.
             HoneError: the sandbox does not hold here.
         """
-        found = self.verdicts([code_in(one.whole) for one in attempts], [one.sample for one in attempts])
+        found = self.verdicts([self.program(one) for one in attempts], [one.sample for one in attempts])
         return [float(verdict.share if self.worth == "share" else verdict.share == 1) for verdict in found]
 
 
@@ -352,7 +375,7 @@ class Efficiency(Executed):
         """
         samples = [attempt.sample for attempt in attempts]
         references = [self._reference(sample) for sample in samples]
-        texts = [code_in(attempt.whole) for attempt in attempts]
+        texts = [self.program(attempt) for attempt in attempts]
         found = self.verdicts(texts, samples, count=self.cost == "lines")
         right = [i for i, verdict in enumerate(found) if verdict.share == 1 and not verdict.crashed]
         costs = self._costs_of([found[i] for i in right], [texts[i] for i in right], [samples[i] for i in right])
