@@ -45,6 +45,8 @@ def ovm_beats_sampling(scratch: Path) -> Trial:
 
     Task: the shipped model, which stays as it is, answers 120 easy problems at temperature 1.5; a value model learns
     from four of its answers to each of 480 other problems; a beam of two states samples four steps each.
+
+    Finding: 0.57 against 0.42.
     """
     return Trial(
         recipe=VERIFIED, baseline=Side(label="sampling", settings=_verified(1, 1)), metric="accuracy", paper=_OVM,
@@ -59,6 +61,10 @@ def ovm_planning(scratch: Path) -> Trial:
 
     Task: as for beats-sampling; eight samples a problem on both sides, as steps of a beam or as whole answers, which is
     a beam whose only step is the answer.
+
+    Finding: 0.51 step by step against 0.59 for whole answers: steps are chosen greedily, one beginning at a time,
+    by a head that has learnt from four answers to each of 480 problems, and a whole answer that the same head
+    prefers is right more often. Both beat sampling (0.42).
     """
     return Trial(
         recipe=VERIFIED, baseline=Side(label="whole answers", settings=_verified(1, 8, separator="<|end|>")),

@@ -50,6 +50,9 @@ def self_rewarded_agreement(scratch: Path) -> Trial:
 
     Task: the shipped model learns to judge its own solutions to 96 problems, beside the problems, in 30 steps; then it
     learns from pairs that it labels itself.
+
+    Finding: Fewer pairs are left where both agree, and with them the model learns less in as many steps; the
+    difference is 0.035 against the claim, its interval reaching 0.
     """
     judging = {
         "name": "judging", "objective": "sft", "steps": 30, "optimizer": {"name": "adamw", "lr": 5e-4},
