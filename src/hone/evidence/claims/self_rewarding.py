@@ -31,6 +31,9 @@ def self_rewarded_consistency(scratch: Path) -> Trial:
     Task: the shipped model learns from pairs of its own right and wrong answers to 96 problems, then twice from pairs
     that it labels itself by its log-ratio to its start; held-out problems are answered at the temperature that made
     the pairs.
+
+    Finding: 0.40 against 0.33 over five seeds, each of them higher. Labels by the implicit reward make the model
+    worse than it was (0.42 at this temperature), and weights undo most of that.
     """
     first = {"name": "seed", "data": {**sampled("pairs", pairs=2), "of": FEW}, **ROUND}
     plain = [first, _labelled(1, ["implicit"], None), _labelled(2, ["implicit"], None)]
@@ -51,8 +54,8 @@ def self_rewarded_agreement(scratch: Path) -> Trial:
     Task: the shipped model learns to judge its own solutions to 96 problems, beside the problems, in 30 steps; then it
     learns from pairs that it labels itself.
 
-    Finding: Fewer pairs are left where both agree, and with them the model learns less in as many steps; the
-    difference is 0.035 against the claim, its interval reaching 0.
+    Finding: 0.22 against 0.25, both below the shipped model (0.42 at this temperature): its own labels teach it
+    nothing after 30 steps of judging, and choosing among them does not help.
     """
     judging = {
         "name": "judging", "objective": "sft", "steps": 30, "optimizer": {"name": "adamw", "lr": 5e-4},
