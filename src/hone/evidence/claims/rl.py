@@ -201,6 +201,8 @@ def sasr_beats_grpo(scratch: Path) -> Trial:
     """Supervised and policy steps in turns that follow the gradient beat rewards alone.
 
     Task: as for UFT.
+
+    Finding: 0.17 against 0.10. With three seeds, which ran first, the same difference was not told from chance.
     """
     data = rolled(HARDER, max_new_tokens=64)
     return Trial(

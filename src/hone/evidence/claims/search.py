@@ -134,6 +134,8 @@ def mcts_dpo_beats_whole_answers(scratch: Path) -> Trial:
     Task: the shipped model learns from its own answers to 320 lists that it reverses line by line; 40 steps on pairs of
     whole answers with DPO, or on pairs of steps, each at its best of two learning rates; 100 other lists are reversed
     greedily.
+
+    Finding: 0.60 against 0.49, from 0.45.
     """
     whole = {"data": whole_answers("pairs"), "objective": {"name": "dpo", "beta": 1.0}}
     return Trial(
@@ -149,6 +151,8 @@ def mcts_dpo_renewed(scratch: Path) -> Trial:
 
     Task: as for objective mcts-dpo, with twice the pairs in a step; 80 steps on one set of trees, or 40 and 40 with
     trees of the model in between.
+
+    Finding: 0.71 against 0.72: the first trees have not been used up after 80 steps; both rise from 0.45.
     """
     objective = {"objective": {"name": "mcts-dpo", "beta": 1.0}}
     rounds = [{"name": "round-1", "eval_samples": 0}, {"name": "round-2"}]
