@@ -190,6 +190,10 @@ def searched_pivots(scratch: Path) -> Trial:
 
     Task: that of mcts-dpo; 40 steps of fine-tuning on the model's right answers, or of DPO on the step that costs a
     wrong answer most against what right rollouts do there, each at its best of two learning rates.
+
+    Finding: 0.42 against 0.77, from 0.45: at the rate of 1e-4 that both take, 181 pairs of single steps teach
+    little in steps of 1,024 tokens, where whole right answers show every step. In steps of twice as many the recipe
+    per-step-dpo rose to 0.58.
     """
     right = {"data": whole_answers("chosen"), "objective": "sft"}
     return Trial(
