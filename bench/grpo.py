@@ -223,8 +223,7 @@ def products_side(steps: int) -> dict[str, float]:
     few, prompts, all_ = PROMPTS * SAMPLES, PROMPTS * PROMPT, PROMPTS * (PROMPT + SAMPLES * ANSWER)
     rows = {n: {w.shape[1]: torch.randn(n, w.shape[1]) for w in layers} for n in (few, prompts, all_)}
     gradients = {w.shape[0]: torch.randn(all_, w.shape[0]) for w in layers}
-    turned = {width: x.t().contiguous() for width, x in rows[few].items()}
-    forms = {w.shape: _faster(w, rows[few][w.shape[1]], turned[w.shape[1]]) for w in layers}
+    products = {w.shape: _faster(w, rows[few][w.shape[1]]) for w in layers}
     generating, training = [], []
     for _ in range(steps):
         began = time.perf_counter()
@@ -232,8 +231,7 @@ def products_side(steps: int) -> dict[str, float]:
             torch.mm(rows[prompts][w.shape[1]], w.t())
         for _ in range(ANSWER - 1):
             for w in layers:
-                x = turned if forms[w.shape] else rows[few]
-                torch.mm(w, x[w.shape[1]]) if forms[w.shape] else torch.mm(x[w.shape[1]], w.t())
+                products[w.shape](w)
         generated = time.perf_counter()
         for w in layers:
             x, g = rows[all_][w.shape[1]], gradients[w.shape[0]]
@@ -249,19 +247,18 @@ def products_side(steps: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _faster(w: Any, x: Any, turned: Any) -> bool:
-    """Return whether W x^T takes less time than x W^T."""
-    import torch
-
-    took = []
-    for product in (lambda: torch.mm(x, w.t()), lambda: torch.mm(w, turned)):
+def _faster(weight: Any, x: Any) -> Callable[[Any], Any]:
+    """Return what multiplies rows with a weight of this shape: x W^T, or W x^T where that takes less time."""
+    turned, took = x.t().contiguous(), []
+    forms: list[Callable[[Any], Any]] = [lambda w: x @ w.t(), lambda w: w @ turned]
+    for product in forms:
         seconds = []
         for _ in range(20):
             began = time.perf_counter()
-            product()
+            product(weight)
             seconds.append(time.perf_counter() - began)
         took.append(statistics.median(seconds))
-    return took[1] < took[0]
+    return forms[took.index(min(took))]
 
 
 def _figures(seconds: list[float]) -> dict[str, float]:

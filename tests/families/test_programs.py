@@ -10,7 +10,7 @@ from hone.data.sample import Message, Sample
 from hone.errors import DataError
 from hone.rewards import sandbox
 from hone.rewards.base import Attempt
-from hone.rewards.code import Code
+from hone.rewards.code import Code, Efficiency
 
 SUM = {"input": "3 4\n", "expected": "7"}
 WAYS = {
@@ -67,6 +67,13 @@ def test_an_answer_goes_on_with_the_head_of_a_function(answer: str, right: float
     assert Code(prompted=True).score([Attempt(sample, answer)], None) == [right]  # type: ignore[arg-type]
     assert Code().score([Attempt(sample, answer)], None) == [0]  # type: ignore[arg-type]
     assert Code().score([Attempt(sample, HEAD + answer)], None) == [right]  # type: ignore[arg-type]
+
+
+def test_a_reference_goes_on_with_the_head_of_a_function_as_answers_do() -> None:
+    extra = {"tests": ["assert double(4) == 8"], "reference": "    return 2 * x\n"}
+    sample = Sample(kind="prompt", prompt=HEAD, extra=extra, where="here:1")
+    judge = Efficiency(prompted=True)
+    assert judge.score([Attempt(sample, "    return x + x\n")], None) == [1]  # type: ignore[arg-type]
 
 
 def test_a_conversation_is_no_head_of_a_function() -> None:

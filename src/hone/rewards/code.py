@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from hone.data.sample import Sample
+from hone.data.sampled import prompt_text
 from hone.errors import DataError
 from hone.parts import part
 from hone.rewards import sandbox
@@ -223,24 +224,18 @@ class Executed(Reward):
         """
         sandbox.prove()
 
-    def program(self, attempt: Attempt) -> str:
-        """Return the code that an attempt comes to.
+    def program(self, text: str, sample: Sample) -> str:
+        """Return the program that an answer comes to.
 
         Args:
-            attempt: the answer.
+            text: the answer.
+            sample: what was asked.
 
         Raises:
-            DataError: it shall go on with a prompt that is a conversation.
+            DataError: it goes on with a prompt that is a conversation.
         """
-        code, prompt = code_in(attempt.whole), attempt.sample.prompt
-        if not self.prompted:
-            return code
-        if not isinstance(prompt, str):
-            raise DataError(
-                f"{attempt.sample.where}: a conversation is no beginning of a program; leave out prompted, or give "
-                "prompts as plain text"
-            )
-        return prompt + code
+        code = code_in(text)
+        return prompt_text(sample) + code if self.prompted else code
 
     def longest(self, answers: int) -> float:
         """Return how many seconds programs take that all wait until they are ended.
@@ -309,7 +304,9 @@ class Code(Executed):
             DataError: a sample has no tests.
             HoneError: the sandbox does not hold here.
         """
-        found = self.verdicts([self.program(one) for one in attempts], [one.sample for one in attempts])
+        found = self.verdicts(
+            [self.program(one.whole, one.sample) for one in attempts], [one.sample for one in attempts]
+        )
         return [float(verdict.share if self.worth == "share" else verdict.share == 1) for verdict in found]
 
 
@@ -375,7 +372,7 @@ class Efficiency(Executed):
         """
         samples = [attempt.sample for attempt in attempts]
         references = [self._reference(sample) for sample in samples]
-        texts = [self.program(attempt) for attempt in attempts]
+        texts = [self.program(attempt.whole, attempt.sample) for attempt in attempts]
         found = self.verdicts(texts, samples, count=self.cost == "lines")
         right = [i for i, verdict in enumerate(found) if verdict.share == 1 and not verdict.crashed]
         costs = self._costs_of([found[i] for i in right], [texts[i] for i in right], [samples[i] for i in right])
@@ -408,16 +405,17 @@ class Efficiency(Executed):
                 f"{sample.where}: reward 'code-efficiency' needs a reference to compare with: its code, or its cost as "
                 f"a number, in column '{self.reference}'"
             )
-        key = json.dumps([given, sample.extra.get(self.tests)], default=str)
+        program = self.program(given, sample)  # a reference is an answer
+        key = json.dumps([program, sample.extra.get(self.tests)], default=str)
         if key not in self._costs:
-            verdict = self.verdicts([code_in(given)], [sample], count=self.cost == "lines")[0]
+            verdict = self.verdicts([program], [sample], count=self.cost == "lines")[0]
             if verdict.share < 1 or verdict.crashed:
                 wrong = next((r for r, good in zip(verdict.ran.results, verdict.passed, strict=True) if not good), {})
                 raise DataError(
                     f"{sample.where}: the reference in column '{self.reference}' does not pass the sample's own tests: "
                     f"{wrong.get('error') or verdict.ran.ended or wrong}"
                 )
-            self._costs[key] = self._costs_of([verdict], [code_in(given)], [sample])[0]
+            self._costs[key] = self._costs_of([verdict], [program], [sample])[0]
         return self._costs[key]
 
     def _costs_of(self, first: Sequence[Verdict], texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:

@@ -91,10 +91,10 @@ def alphamath_beam(scratch: Path) -> Trial:
     Task: the shipped model and a value head learn in 40 steps from one search tree for each of 128 problems of two to
     five lines; 100 other problems are answered greedily, or by the best of five sampled steps each time.
 
-    Finding: 0.50 against 0.58: the value head chooses better than chance, but among steps drawn at temperature 1,
-    where greedy decoding takes the most probable ones. On lists to reverse, which the model learns better, one seed
-    gave the same order (0.64 against 0.77). The paper's head has learnt from 40 simulations for each of ten trees a
-    problem, in three rounds; this one from 12 of one tree.
+    Finding: 0.50 against 0.58: the beam chooses among steps drawn at temperature 1, where greedy decoding takes the
+    most probable ones. On lists to reverse, which the model learns better, one seed gave the same order (0.64
+    against 0.77). The paper's head has learnt from 40 simulations for each of ten trees a problem, in three rounds;
+    this one from 12 of one tree.
     """
     plain = {"objective": {"name": "alphamath", "beta": 0.1, "width": 1, "expansions": 1}, "sampler": GREEDY}
     guided = {"objective": {"name": "alphamath", "beta": 0.1, "width": 1, "expansions": 5}}
